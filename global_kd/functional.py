@@ -1,0 +1,22 @@
+"""The pure core in one place: functions of tensors, no state, no frameworks.
+
+Rows are ``(R, C)``, boxes xyxy in pixels of the padded network input, student before teacher, the
+teacher detached. Sums are taken in at least float32, also under autocast.
+"""
+
+from .instances import pool_boxes
+from .losses.imitation import imitation_loss
+from .losses.logits import logit_loss
+from .losses.relation import relation_loss
+from .prototypes.select import density_candidates, select_prototypes
+from .robust import robust_weights
+
+__all__ = [
+    "density_candidates",
+    "imitation_loss",
+    "logit_loss",
+    "pool_boxes",
+    "relation_loss",
+    "robust_weights",
+    "select_prototypes",
+]

@@ -1,0 +1,1 @@
+"""One file a loss: the function first, the module as its shell."""

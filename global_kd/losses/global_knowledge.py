@@ -1,0 +1,324 @@
+"""The whole method: adapters, prototypes from the training stream, RDM, schedule."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..instances import pool_levels
+from ..prototypes.bank import PrototypeBank
+from ..prototypes.generator import PrototypeGenerator
+from ..pyramid import build_adapters, check_pyramids
+from ..schedules import Schedule
+from ..targets import Targets
+from .robust_distill import RobustDistillLoss
+
+TERMS = ("kd_foreground", "kd_background", "kd_relation", "kd_logits")
+
+
+class GlobalKnowledgeLoss(nn.Module):
+    """Distilling object detectors with global knowledge (Tang et al., ECCV 2022).
+
+    Call it on paired feature maps in any training loop, or let a :class:`global_kd.Distiller` do
+    so. It counts its calls in training mode (:attr:`step`), collects the instances that pass, and
+    every ``refresh_every`` calls makes new prototypes of those seen since; until the first
+    refresh, omega is 1 and the relation term 0.
+
+    Args:
+        num_classes: ``K``; labels lie in ``[0, K)`` (torchvision and its background class: 91 for
+            COCO).
+        student_channels: Of each level. Left out, a :class:`global_kd.Distiller` finds out.
+        teacher_channels: Of each level.
+        strides: Of each level, finest first.
+        adapter: ``"conv3x3"`` (paper), ``"conv1x1"`` or ``"identity"``; its parameters belong into
+            the optimizer.
+        schedule: Factor of the terms over training, one :class:`global_kd.Schedule` for all or one
+            per term name. Default, as in the paper: linear decay of imitation and relation, soft
+            labels constant.
+        total_steps: Training calls in the whole run, from which progress is counted. Without it
+            progress stays 0: nothing decays.
+        refresh_every: Training calls between refreshes, usually one epoch; ``None``: only
+            :meth:`refresh` and :meth:`global_kd.Distiller.refresh` make prototypes.
+        num_prototypes: Per level and class, see :class:`global_kd.PrototypeGenerator` for this and
+            the next four.
+        alpha: Agreement of the two spaces in the pursuit.
+        min_side: Smallest instance side, pixels of the network input.
+        max_instances: Sample per class.
+        seed: Of the sample and of the adapters' initial values.
+        **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`.
+
+    Example:
+        >>> import torch
+        >>> from global_kd import GlobalKnowledgeLoss, Targets
+        >>> loss = GlobalKnowledgeLoss(
+        ...     3,
+        ...     student_channels=[8],
+        ...     teacher_channels=[16],
+        ...     strides=[8],
+        ...     total_steps=100,
+        ...     refresh_every=10,
+        ... )
+        >>> student, teacher = [torch.randn(2, 8, 12, 12)], [torch.randn(2, 16, 12, 12)]
+        >>> targets = Targets.from_list(
+        ...     [
+        ...         {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.tensor([1])},
+        ...         {"boxes": torch.tensor([[0.0, 0.0, 40.0, 90.0]]), "labels": torch.tensor([2])},
+        ...     ]
+        ... )
+        >>> sorted(loss(student, teacher, targets))
+        ['kd_background', 'kd_foreground', 'kd_relation']
+    """
+
+    rdm: RobustDistillLoss
+    bank: PrototypeBank
+    adapters: nn.ModuleList
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        student_channels: Sequence[int] | None = None,
+        teacher_channels: Sequence[int] | None = None,
+        strides: Sequence[float] | None = None,
+        adapter: str = "conv3x3",
+        schedule: Schedule | Mapping[str, Schedule] | None = None,
+        total_steps: int | None = None,
+        refresh_every: int | None = 1000,
+        num_prototypes: int = 10,
+        alpha: float = 10.0,
+        min_side: float = 30.0,
+        max_instances: int = 800,
+        seed: int = 0,
+        **rdm: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("total_steps", total_steps), ("refresh_every", refresh_every)):
+            if value is not None:
+                _check.positive(name, value)
+        if isinstance(schedule, Schedule):
+            schedule = dict.fromkeys(TERMS, schedule)
+        for term in schedule or {}:
+            _check.one_of("schedule", term, TERMS)
+        defaults = dict.fromkeys(TERMS, Schedule("linear")) | {"kd_logits": Schedule("constant")}
+        self.schedules: dict[str, Schedule] = defaults | dict(schedule or {})
+        self.adapter, self.seed = adapter, seed
+        self.total_steps, self.refresh_every = total_steps, refresh_every
+        self.step = 0
+        self.generator = PrototypeGenerator(
+            num_classes,
+            num_prototypes,
+            alpha=alpha,
+            min_side=min_side,
+            max_instances=max_instances,
+            seed=seed,
+        )
+        self._rdm_options = rdm
+        RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
+        self._levels: tuple[tuple[float, ...], ...] | None = None
+        given = (student_channels, teacher_channels, strides)
+        if all(x is not None for x in given):
+            self.build(*given)  # type: ignore[arg-type]
+        elif any(x is not None for x in given):
+            raise ValueError(
+                "student_channels, teacher_channels, strides: expected all three or none"
+            )
+
+    def build(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        strides: Sequence[float],
+        *,
+        activation: str | None = None,
+    ) -> None:
+        """Make what depends on the two detectors: adapters, an empty bank, the RDM.
+
+        A second call with the same levels changes nothing. ``activation`` is used unless one was
+        given to the constructor.
+
+        Raises:
+            ValueError: Levels other than those it was built for.
+        """
+        levels = (tuple(student_channels), tuple(teacher_channels), tuple(map(float, strides)))
+        if len({len(x) for x in levels}) != 1:
+            raise ValueError(
+                "student_channels, teacher_channels, strides: expected one entry per level each, "
+                f"but got {levels}"
+            )
+        if self._levels is not None:
+            if levels != self._levels:
+                raise ValueError(
+                    "build: expected the levels the loss was built for (student channels, teacher "
+                    f"channels, strides) {self._levels}, but got {levels}"
+                )
+            return
+        self._levels = levels
+        options = {"activation": activation} if activation is not None else {}
+        self.rdm = RobustDistillLoss(strides, **(options | self._rdm_options))
+        kind = self.adapter if self.rdm.imitates else "identity"
+        self.adapters = nn.ModuleList()
+        if self.rdm.imitates:
+            self.adapters = build_adapters(kind, student_channels, teacher_channels, self.seed)
+        self.bank = PrototypeBank(
+            len(strides),
+            self.generator.num_classes,
+            self.generator.num_prototypes,
+            max(student_channels),
+            max(teacher_channels),
+        )
+
+    @property
+    def built(self) -> bool:
+        """Whether levels and channels are known."""
+        return self._levels is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether any term has a weight."""
+        self._require_built()
+        return self.rdm.imitates or self.rdm.relation > 0 or self.rdm.logits > 0
+
+    @property
+    def progress(self) -> float:
+        """Fraction of ``total_steps`` done, in [0, 1]."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+    def _require_built(self) -> None:
+        if not self.built:
+            raise RuntimeError(
+                "GlobalKnowledgeLoss: levels and channels are unknown; pass student_channels, "
+                "teacher_channels and strides, call build(...), or give the loss to a Distiller"
+            )
+
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets,
+        *,
+        student_logits: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        logit_box: Tensor | None = None,
+        instances: Targets | None = None,
+    ) -> dict[str, Tensor]:
+        """The scheduled terms of one batch; in training mode also one step of the bookkeeping.
+
+        Args:
+            student: Maps ``(B, Cs, H, W)`` of the student, one per level.
+            teacher: Maps ``(B, Ct, H, W)`` of the teacher, paired with them.
+            targets: Boxes on which knowledge is transferred.
+            student_logits: See :class:`global_kd.RobustDistillLoss` for this and the next two.
+            teacher_logits: Of the same rows.
+            logit_box: Index into ``targets`` of each row.
+            instances: Boxes from which prototypes are made, where they differ from ``targets``
+                (ground truth beside proposals).
+
+        Returns:
+            Scalars by name, ready to add to the detector's own losses.
+        """
+        self._require_built()
+        check_pyramids(student, teacher, self.rdm.strides)
+        if targets.boxes.device.type == "cpu" and not torch.compiler.is_compiling():
+            targets.validate(num_classes=self.generator.num_classes, num_images=len(student[0]))
+        if self.training:
+            self._before_step()
+        rows = None
+        if self.rdm.uses_prototypes:
+            rows = self._rows(student, teacher, targets, instances)
+        terms = self.rdm(
+            student,
+            teacher,
+            targets,
+            self.bank,
+            adapted=self._adapt(student),
+            student_logits=student_logits,
+            teacher_logits=teacher_logits,
+            logit_box=logit_box,
+            rows=rows,
+        )
+        terms = {name: self.schedules[name](self.progress) * x for name, x in terms.items()}
+        self.step += self.training
+        return terms
+
+    def _adapt(self, student: Sequence[Tensor]) -> list[Tensor] | None:
+        """The student's maps in the teacher's channels; ``None`` where nothing is imitated."""
+        if not self.rdm.imitates:
+            return None
+        adapted = []
+        for adapt, x in zip(self.adapters, student, strict=True):
+            weight = next(adapt.parameters(), x)
+            # Maps of an autocast forward may arrive outside of it.
+            cast = not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype
+            adapted.append(adapt(x.to(weight.dtype) if cast else x))
+        return adapted
+
+    def _before_step(self) -> None:
+        if self.step == 0 and self.total_steps is None:
+            decaying = [n for n, s in self.schedules.items() if s != Schedule("constant")]
+            if decaying:
+                warnings.warn(
+                    f"GlobalKnowledgeLoss: total_steps is not given, so the weights of "
+                    f"{', '.join(decaying)} stay constant; pass total_steps=epochs * len(loader)",
+                    stacklevel=3,
+                )
+        if self.refresh_every and self.step and self.step % self.refresh_every == 0:
+            self.refresh()
+
+    def _rows(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets,
+        instances: Targets | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled rows of the targets; those of the instances go to the generator."""
+        strides, count = self.rdm.strides, len(targets)
+        collect = self.training and self.refresh_every is not None
+        everything = targets
+        if collect and instances is not None:
+            everything = Targets(
+                torch.cat([targets.boxes, instances.boxes.to(targets.boxes)]),
+                torch.cat([targets.labels, instances.labels]),
+                torch.cat([targets.image_index, instances.image_index]),
+            )
+        with torch.set_grad_enabled(self.rdm.relation > 0 and torch.is_grad_enabled()):
+            s = pool_levels(student, everything, strides)
+        with torch.no_grad():
+            t = pool_levels(teacher, everything, strides)
+        if collect and instances is not None:
+            self.generator.add(s[:, count:], t[:, count:], instances)
+        elif collect:
+            self.generator.add(s, t, targets)
+        return s[:, :count], t[:, :count]
+
+    def refresh(self) -> None:
+        """New prototypes from the rows collected since the last refresh.
+
+        A (level, class) of which none was seen keeps its old ones. Without any rows nothing
+        happens.
+        """
+        self._require_built()
+        if len(self.generator):
+            self.bank.update(self.generator.generate())
+        self.generator.reset()
+
+    def weigh(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets
+    ) -> Tensor:
+        """Robust weights ``(L, R)`` of the boxes under the current prototypes; no side effects."""
+        self._require_built()
+        return self.rdm.weigh(student, teacher, targets, self.bank)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step, for ``state_dict``."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Continue at the saved step."""
+        self.step = int(state["step"])
+
+    def extra_repr(self) -> str:
+        return f"step={self.step}, total_steps={self.total_steps}, refresh={self.refresh_every}"

@@ -1,0 +1,81 @@
+"""Global knowledge: how every instance relates to the prototypes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import _check
+from ..ops.cosine import cosines
+from ..ops.precision import accumulate
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    weights: Tensor | None = None,
+    *,
+    pairs: Tensor | None = None,
+    beta: float = 1.0,
+) -> Tensor:
+    r"""Difference of the instance-to-prototype cosines in the two spaces.
+
+    .. math:: L = \frac{1}{|P|} \sum_{(n, p) \in P} \mathrm{smoothL1}_\beta\bigl(
+              \omega_n \cos(f^s_n, g^s_p),\ \omega_n \cos(f^t_n, g^t_p)\bigr)
+
+    the global loss of Tang et al. 2022, Eq. 6, in its released form. Only ``student`` gets a
+    gradient: its features are taken *before* the adapter, in the space the student prototypes
+    live in.
+
+    Args:
+        student: Pooled student features ``(..., R, Cs)``; the leading dimension, if any, is the
+            level, and the result is the mean over levels.
+        teacher: ``(..., R, Ct)``.
+        student_prototypes: ``(..., P, Cs)``.
+        teacher_prototypes: ``(..., P, Ct)``, row for row the same instances.
+        weights: Robust weights ``(..., R)``.
+        pairs: Bool, broadcastable to ``(..., R, P)``: which pairs count; all by default.
+        beta: Cosine difference at which the square turns linear, > 0.
+
+    Returns:
+        A scalar in at least float32; a zero that still back-propagates where no pair counts.
+
+    Example:
+        >>> import torch
+        >>> from global_kd.functional import relation_loss
+        >>> prototypes = torch.eye(2)
+        >>> s, t = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> relation_loss(s, t, prototypes, prototypes).item()  # cosines (1, 0) against (0, 1)
+        0.5
+    """
+    _check.paired_rows(student, teacher)
+    _check.paired_prototypes(student, teacher, student_prototypes, teacher_prototypes)
+    _check.positive("beta", beta)
+    if weights is not None:
+        _check.tensor("weights", weights, None, "(..., R)")
+        _check.shape("weights", weights, student.shape[:-1])
+    whole = (*student.shape[:-1], student_prototypes.shape[-2])
+    if pairs is not None:
+        _check.tensor("pairs", pairs, None, "(..., R, P) of bool")
+        if pairs.dtype != torch.bool:
+            raise TypeError(f"pairs: expected a bool tensor, but got {pairs.dtype}")
+        fits = zip(reversed(pairs.shape), reversed(whole), strict=False)
+        if pairs.dim() > len(whole) or any(size not in (1, full) for size, full in fits):
+            raise ValueError(
+                f"pairs: expected a shape broadcastable to {whole}, but got {tuple(pairs.shape)}"
+            )
+    _check.same_device(student=student, weights=weights, pairs=pairs)
+    q_s = cosines(student, student_prototypes.detach())
+    q_t = cosines(teacher.detach(), teacher_prototypes.detach()).to(q_s.dtype)
+    if weights is not None:
+        omega = accumulate(weights.detach())[..., None].to(q_s.dtype)
+        q_s, q_t = omega * q_s, omega * q_t
+    difference = functional.smooth_l1_loss(q_s, q_t, reduction="none", beta=beta)
+    if pairs is None:
+        counted = torch.ones_like(difference, dtype=torch.bool)
+    else:
+        counted = pairs.expand_as(difference)
+    total = torch.where(counted, difference, 0).sum(dim=(-2, -1))
+    # Each level's own mean, then the mean over levels.
+    return (total / counted.sum(dim=(-2, -1)).clamp(min=1)).mean()

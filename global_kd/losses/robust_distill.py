@@ -1,0 +1,285 @@
+"""Robust distilling module (RDM): global, local and soft-label knowledge under one weight."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..instances import assign_levels, pool_levels
+from ..ops.imitation import imitation
+from ..prototypes.bank import PrototypeBank
+from ..pyramid import check_pyramids
+from ..robust import robust_weights
+from ..targets import Targets
+from .imitation import NORMALIZERS
+from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
+from .relation import relation_loss
+
+
+class RobustDistillLoss(nn.Module):
+    r"""The RDM of Tang et al. 2022: features and a bank in, named terms out. No state.
+
+    .. math:: L = L_{fg} + L_{bg} + L_{relation} + L_{logits}
+
+    Robust weights ``omega (L, R)`` say how far the two spaces agree on each box on each level
+    (:func:`global_kd.functional.robust_weights`). Each term is switched by its weight (0 leaves it
+    out) and uses omega or not by a switch of its own:
+
+    - ``kd_foreground``, ``kd_background``: :func:`global_kd.functional.imitation_loss`, mean over
+      levels;
+    - ``kd_relation``: :func:`global_kd.functional.relation_loss`, mean over levels (the released
+      code sums over five: its weight 5 is 25 here);
+    - ``kd_logits``: :func:`global_kd.functional.logit_loss`.
+
+    Args:
+        strides: Pixels of the network input per cell of each level, finest first.
+        foreground: Weight of the imitation inside boxes.
+        background: Weight of the imitation outside boxes.
+        relation: Weight of the relation term.
+        logits: Weight of the soft labels.
+        robust_imitation: Weight the foreground by omega.
+        robust_relation: Weight the relations by omega.
+        robust_logits: Weight the soft labels by the omega of the row's box on its level.
+        temperature: Of the soft labels.
+        activation: ``"softmax"`` or ``"sigmoid"``, what the detector's class head uses.
+        class_reduction: ``"mean"`` over classes (released) or ``"sum"``.
+        normalizer: Of the foreground: ``"weights"`` (released) or ``"cells"``.
+        levels: ``"assigned"``: a box is foreground on the level of its size only (released);
+            ``"all"``: on every level.
+        finest_scale: Box side in pixels of the network input up to whose double a box lies on the
+            first level; ``None`` is 14 cells of it (56 pixels at stride 4).
+        standardize: Divide squared errors by the variance of the teacher's map, per level and
+            batch, so that weights mean the same for every teacher.
+        own_class: Relate an instance to the prototypes of its own class only, instead of all.
+        center: Take cosines (of relation and omega) around the mean prototype of each level and
+            space, instead of around zero. Maps whose channels share a large mean have all their
+            cosines near 1 otherwise.
+        beta: Of the relation's smooth L1.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[float],
+        *,
+        foreground: float = 1.0,
+        background: float = 4.0,
+        relation: float = 25.0,
+        logits: float = 1.0,
+        robust_imitation: bool = True,
+        robust_relation: bool = True,
+        robust_logits: bool = True,
+        temperature: float = 2.0,
+        activation: str = "softmax",
+        class_reduction: str = "mean",
+        normalizer: str = "weights",
+        levels: str = "assigned",
+        finest_scale: float | None = None,
+        standardize: bool = False,
+        own_class: bool = False,
+        center: bool = False,
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(float(s) for s in strides)
+        if not self.strides or list(self.strides) != sorted(set(self.strides)):
+            raise ValueError(f"strides: expected increasing numbers > 0, but got {list(strides)}")
+        _check.positive("strides", self.strides[0])
+        for name, value in (
+            ("foreground", foreground),
+            ("background", background),
+            ("relation", relation),
+            ("logits", logits),
+        ):
+            _check.not_negative(name, value)
+        for name, value in (("temperature", temperature), ("beta", beta)):
+            _check.positive(name, value)
+        if finest_scale is not None:
+            _check.positive("finest_scale", finest_scale)
+        _check.one_of("activation", activation, ACTIVATIONS)
+        _check.one_of("class_reduction", class_reduction, CLASS_REDUCTIONS)
+        _check.one_of("normalizer", normalizer, NORMALIZERS)
+        _check.one_of("levels", levels, ("assigned", "all"))
+        self.foreground, self.background = float(foreground), float(background)
+        self.relation, self.logits = float(relation), float(logits)
+        self.robust_imitation = robust_imitation
+        self.robust_relation = robust_relation
+        self.robust_logits = robust_logits
+        self.temperature = temperature
+        self.activation = activation
+        self.class_reduction = class_reduction
+        self.normalizer = normalizer
+        self.levels = levels
+        self.finest_scale = finest_scale
+        self.standardize = standardize
+        self.own_class = own_class
+        self.center = center
+        self.beta = beta
+
+    @property
+    def imitates(self) -> bool:
+        """Whether a term needs adapted maps."""
+        return self.foreground > 0 or self.background > 0
+
+    @property
+    def uses_prototypes(self) -> bool:
+        """Whether any term needs the bank."""
+        return (
+            self.relation > 0
+            or (self.robust_imitation and self.foreground > 0)
+            or (self.robust_logits and self.logits > 0)
+        )
+
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets,
+        bank: PrototypeBank,
+        *,
+        adapted: Sequence[Tensor] | None = None,
+        student_logits: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        logit_box: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms of one batch.
+
+        Args:
+            student: Unadapted maps ``(B, Cs, H, W)``, one per level; pooled for omega and relation.
+            teacher: Maps ``(B, Ct, H, W)`` of the same levels.
+            targets: The boxes.
+            bank: The prototypes; an empty one gives omega = 1 and a relation of 0.
+            adapted: The student's maps in the teacher's channels, for the imitation; ``student``
+                itself by default.
+            student_logits: ``(N, K)`` class logits; without them there is no ``kd_logits``.
+            teacher_logits: ``(N, K)`` of the same rows.
+            logit_box: int64 ``(N,)``, for each logit row the index of its box in ``targets``;
+                without it soft labels are not weighted by omega.
+            rows: Pooled rows ``(L, R, Cs)``, ``(L, R, Ct)`` of the boxes, if already at hand.
+
+        Returns:
+            ``{"kd_foreground", "kd_background", "kd_relation", "kd_logits"}`` without the terms of
+            weight 0.
+        """
+        check_pyramids(student, teacher, self.strides)
+        teacher = [t.detach() for t in teacher]
+        if (student_logits is None) != (teacher_logits is None):
+            raise ValueError("student_logits, teacher_logits: expected both or neither")
+        terms: dict[str, Tensor] = {}
+        levels, boxes = len(self.strides), len(targets)
+        omega = torch.ones(levels, boxes, device=student[0].device)
+        if self.uses_prototypes:
+            if rows is None:
+                with torch.set_grad_enabled(self.relation > 0 and torch.is_grad_enabled()):
+                    student_rows = pool_levels(student, targets, self.strides)
+                rows = student_rows, pool_levels(teacher, targets, self.strides)
+            prototypes = self._prototypes(rows, bank)
+            omega = robust_weights(*prototypes, targets.labels)
+        level = assign_levels(targets.boxes, self.strides, self.finest_scale)
+        if self.imitates:
+            foreground, background = self._imitation(
+                student if adapted is None else adapted, teacher, targets, omega, level
+            )
+            if self.foreground:
+                terms["kd_foreground"] = self.foreground * foreground
+            if self.background:
+                terms["kd_background"] = self.background * background
+        if self.relation:
+            s, t, g_s, g_t, labels = prototypes
+            pairs = labels[:, None, :] >= 0
+            if self.own_class:
+                pairs = labels[:, None, :] == targets.labels[:, None]
+            terms["kd_relation"] = self.relation * relation_loss(
+                s,
+                t,
+                g_s,
+                g_t,
+                omega if self.robust_relation else None,
+                pairs=pairs,
+                beta=self.beta,
+            )
+        if self.logits and student_logits is not None and teacher_logits is not None:
+            weights = None
+            if self.robust_logits and logit_box is not None:
+                weights = omega.gather(0, level[None])[0][logit_box]
+            terms["kd_logits"] = self.logits * logit_loss(
+                student_logits,
+                teacher_logits,
+                weights,
+                temperature=self.temperature,
+                activation=self.activation,
+                class_reduction=self.class_reduction,
+            )
+        return terms
+
+    def weigh(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets,
+        bank: PrototypeBank,
+    ) -> Tensor:
+        """Robust weights ``(L, R)`` of the boxes, whatever the switches say; without gradient."""
+        check_pyramids(student, teacher, self.strides)
+        with torch.no_grad():
+            rows = (
+                pool_levels(student, targets, self.strides),
+                pool_levels(teacher, targets, self.strides),
+            )
+            return robust_weights(*self._prototypes(rows, bank), targets.labels)
+
+    def _prototypes(
+        self, rows: tuple[Tensor, Tensor], bank: PrototypeBank
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Rows and prototypes of both spaces, centred if asked, and the prototypes' labels."""
+        s, t = rows
+        g_s, g_t, labels = bank.flat()
+        if self.center:
+            filled = (labels >= 0)[..., None]
+            count = filled.sum(dim=1, keepdim=True).clamp(min=1)
+            middle_s = (g_s * filled).sum(dim=1, keepdim=True) / count
+            middle_t = (g_t * filled).sum(dim=1, keepdim=True) / count
+            s, g_s, t, g_t = s - middle_s, g_s - middle_s, t - middle_t, g_t - middle_t
+        return s, t, g_s, g_t, labels
+
+    def _imitation(
+        self,
+        adapted: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets,
+        omega: Tensor,
+        level: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        sums = []
+        for i, (s, t, stride) in enumerate(zip(adapted, teacher, self.strides, strict=True)):
+            if s.shape != t.shape:
+                raise ValueError(
+                    f"adapted[{i}]: expected the teacher's shape {tuple(t.shape)}, but got "
+                    f"{tuple(s.shape)}; give the loss an adapter"
+                )
+            both = torch.stack(
+                imitation(
+                    s,
+                    t,
+                    targets.boxes,
+                    targets.image_index,
+                    stride,
+                    omega[i] if self.robust_imitation else None,
+                    self.normalizer,
+                    present=level == i if self.levels == "assigned" else None,
+                )
+            )
+            if self.standardize:
+                variance = t.to(both.dtype).var(correction=0)
+                # A constant teacher map has nothing to scale by.
+                both = both / torch.where(variance > 0, variance, 1)
+            sums.append(both)
+        foreground, background = torch.stack(sums).mean(dim=0).unbind()
+        return foreground, background
+
+    def extra_repr(self) -> str:
+        return (
+            f"strides={self.strides}, foreground={self.foreground}, "
+            f"background={self.background}, relation={self.relation}, logits={self.logits}"
+        )

@@ -1,0 +1,183 @@
+"""The whole method on plain tensors: bookkeeping, schedule, resume."""
+
+import io
+import warnings
+
+import pytest
+import torch
+
+from global_kd import GlobalKnowledgeLoss, Schedule, Targets
+
+CLASSES = 3
+
+
+def make(**options):
+    defaults = {
+        "student_channels": [4, 6],
+        "teacher_channels": [5, 5],
+        "strides": [4, 8],
+        "total_steps": 10,
+        "refresh_every": 3,
+        "min_side": 5,
+        "num_prototypes": 2,
+    }
+    return GlobalKnowledgeLoss(CLASSES, **(defaults | options))
+
+
+def batch(seed):
+    g = torch.Generator().manual_seed(seed)
+    student = [torch.randn(2, c, 48 // s, 48 // s, generator=g) for c, s in ((4, 4), (6, 8))]
+    teacher = [torch.randn(2, 5, 48 // s, 48 // s, generator=g) for s in (4, 8)]
+    corner = torch.rand(6, 2, generator=g) * 20
+    boxes = torch.cat([corner, corner + 8 + 20 * torch.rand(6, 2, generator=g)], dim=1)
+    labels = torch.randint(0, CLASSES, (6,), generator=g)
+    return student, teacher, Targets(boxes, labels, torch.randint(0, 2, (6,), generator=g))
+
+
+def test_prototypes_come_from_the_stream_every_refresh():
+    loss = make()
+    for step in range(7):
+        terms = loss(*batch(step))
+        assert loss.step == step + 1
+        filled = bool(loss.bank.valid.any())
+        assert filled == (step >= 3)
+        assert (terms["kd_relation"] > 0) == filled
+        # three steps of six boxes, forgotten at each refresh
+        assert len(loss.generator) == 6 * (step % 3 + 1)
+
+
+def test_evaluation_and_weighing_change_nothing():
+    loss = make()
+    for step in range(4):
+        loss(*batch(step))
+    before = {k: str(v) for k, v in loss.state_dict().items()}
+    loss.eval()
+    loss(*batch(5))
+    loss.weigh(*batch(6))
+    assert {k: str(v) for k, v in loss.state_dict().items()} == before
+
+
+def test_paper_schedule_decays_imitation_and_relation_but_not_soft_labels():
+    logits = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3)}
+    loss = make(refresh_every=None)
+    plain = make(refresh_every=None, schedule=Schedule("constant"))
+    for step in range(10):
+        terms, full = (x(*batch(0), **logits) for x in (loss, plain))
+        factor = 1 - step / 10
+        for name in ("kd_foreground", "kd_background"):
+            torch.testing.assert_close(terms[name], factor * full[name])
+        torch.testing.assert_close(terms["kd_logits"], full["kd_logits"])
+
+
+def test_without_total_steps_nothing_decays_and_it_says_so_once():
+    loss = make(total_steps=None)
+    with pytest.warns(UserWarning, match="total_steps is not given"):
+        first = loss(*batch(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(loss(*batch(0))["kd_foreground"], first["kd_foreground"])
+        make(total_steps=None, schedule=Schedule("constant"))(*batch(0))
+
+
+def test_instances_feed_the_prototypes_and_targets_the_terms():
+    loss, other = make(), make()
+    student, teacher, targets = batch(0)
+    instances = batch(1)[2]
+    a = loss(student, teacher, targets, instances=instances)
+    b = other(student, teacher, targets)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    other.generator.reset()
+    other(student, teacher, instances)
+    # Same rows (the keys differ: the other generator has drawn before).
+    rows = [g.generator._rows[0][0].sort(dim=0).values for g in (loss, other)]
+    torch.testing.assert_close(*rows)
+
+
+def test_resume_is_bit_identical_at_any_step():
+    """A run that was saved and loaded at step k, with its optimizer, ends as one that was not."""
+
+    def run(loss, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            sum(loss(*batch(step)).values()).backward()
+            optimizer.step()
+        return loss
+
+    def start():
+        loss = make()
+        return loss, torch.optim.Adam(loss.parameters(), lr=1e-2)
+
+    whole = run(*start(), range(9))
+    for cut in range(9):
+        loss, optimizer = start()
+        run(loss, optimizer, range(cut))
+        buffer = io.BytesIO()
+        torch.save([loss.state_dict(), optimizer.state_dict()], buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)
+        loss, optimizer = start()
+        loss.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        run(loss, optimizer, range(cut, 9))
+        for (name, a), b in zip(
+            whole.state_dict().items(), loss.state_dict().values(), strict=True
+        ):
+            same = torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
+            assert same, f"{name} after a cut at {cut}"
+
+
+def test_all_weights_zero_is_no_loss_and_no_parameters():
+    loss = make(foreground=0, background=0, relation=0, logits=0)
+    assert not loss.active
+    assert loss(*batch(0)) == {}
+    assert list(loss.parameters()) == []
+
+
+def test_class_lists_with_gaps_and_background_only_batches():
+    loss = make()
+    none = torch.zeros(0, dtype=torch.int64)
+    student, teacher, _ = batch(0)
+    for step in range(7):
+        targets = Targets(torch.zeros(0, 4), none, none)
+        if step in (1, 2):  # only class 2 is ever seen
+            box = torch.tensor([[0.0, 0.0, 20.0, 20.0]])
+            targets = Targets(box, torch.tensor([2]), torch.tensor([0]))
+        terms = loss(student, teacher, targets)
+        assert all(x.isfinite() for x in terms.values())
+    assert loss.bank.counts().tolist() == [[0, 0, 2], [0, 0, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_maps_with_and_without_autocast(dtype):
+    reference = make()(*batch(0))
+    student, teacher, targets = batch(0)
+    student, teacher = ([x.to(dtype) for x in maps] for maps in (student, teacher))
+    with torch.autocast("cpu", dtype=dtype):
+        inside = make()(student, teacher, targets)
+    outside = make()(student, teacher, targets)
+    for terms in (inside, outside):
+        for name, value in terms.items():
+            assert value.dtype == torch.float32
+            assert value.item() == pytest.approx(reference[name].item(), rel=0.02)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(RuntimeError, match="call build"):
+        GlobalKnowledgeLoss(3)(*batch(0))
+    with pytest.raises(ValueError, match="expected all three or none"):
+        GlobalKnowledgeLoss(3, strides=[4])
+    with pytest.raises(ValueError, match="levels the loss was built for"):
+        make().build([4, 6], [5, 7], [4, 8])
+    with pytest.raises(ValueError, match="schedule: expected one of .* but got 'kd_box'"):
+        make(schedule={"kd_box": Schedule()})
+    with pytest.raises(TypeError, match="relations"):
+        GlobalKnowledgeLoss(3, relations=1.0)
+    student, teacher, targets = batch(0)
+    wrong = Targets(targets.boxes, targets.labels + 3, targets.image_index)
+    with pytest.raises(ValueError, match="labels: expected values below 3"):
+        make()(student, teacher, wrong)
+    wrong = Targets(targets.boxes, targets.labels, targets.image_index + 1)
+    with pytest.raises(ValueError, match="image_index: expected values below 2"):
+        make()(student, teacher, wrong)
+    with pytest.raises(ValueError, match="made for other levels, classes or channels"):
+        make().load_state_dict(make(num_prototypes=5).state_dict())

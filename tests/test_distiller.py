@@ -1,0 +1,133 @@
+"""The Distiller on detectors of no framework: two modules, boxes in pixels of the images."""
+
+import pytest
+import torch
+from torch import nn
+
+from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+
+
+class Detector(nn.Module):
+    """A home-made detector: a pyramid at strides 8 and 16 and one dense head."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = Body(width)
+        self.head = nn.Conv2d(width, 7, 1)
+        self.calls = 0
+
+    def forward(self, images):
+        levels = self.body(images)
+        self.calls += 1
+        return [self.head(x) for x in levels.values()]
+
+
+class Body(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 8, stride=8)
+        self.norm = nn.BatchNorm2d(width)
+        self.down = nn.Conv2d(width, width, 2, stride=2)
+
+    def forward(self, x):
+        fine = self.norm(self.stem(x))
+        return {"fine": fine, "coarse": self.down(fine.relu())}
+
+
+IMAGES = torch.rand(2, 3, 64, 96)
+BOXES = [
+    {"boxes": torch.tensor([[4.0, 4, 50, 60]]), "labels": torch.tensor([1])},
+    {"boxes": torch.tensor([[0.0, 0, 90, 30], [20, 20, 80, 70]]), "labels": torch.tensor([0, 1])},
+]
+
+
+def make(**options):
+    student, teacher = Detector(4), Detector(9)
+    loss = GlobalKnowledgeLoss(2, total_steps=10, refresh_every=2)
+    kd = Distiller(student, teacher, loss, example_inputs=(IMAGES,), **options)
+    return student, teacher, kd
+
+
+@pytest.mark.parametrize("paths", [{}, {"student_path": "body", "teacher_path": "body"}])
+def test_home_made_detectors_train_with_or_without_naming_the_module(paths):
+    student, teacher, kd = make(**paths)
+    running = student.body.norm.running_mean.clone()
+    assert torch.equal(running, torch.zeros(4))  # the dry pass left batch norm alone
+    assert kd.loss.rdm.strides == (8, 16)
+    for _ in range(3):
+        student(IMAGES)
+        terms = kd(IMAGES, BOXES)
+    assert set(terms) == {"kd_foreground", "kd_background", "kd_relation"}
+    sum(terms.values()).backward()
+    assert student.body.stem.weight.grad.abs().sum() > 0
+    assert teacher.calls <= 1  # one look for pyramids at most; the head was never needed
+    targets, omega = kd.weigh(IMAGES, BOXES)
+    assert omega.shape == (2, 3) and len(targets) == 3
+
+
+def test_packed_targets_and_lists_mean_the_same():
+    student, _, kd = make()
+    student(IMAGES)
+    a = kd(IMAGES, BOXES)
+    student(IMAGES)
+    kd.loss.step = 0
+    b = kd(IMAGES, Targets.from_list(BOXES))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_wrapped_student_is_seen_through():
+    student, teacher = Detector(4), Detector(9)
+    loss = GlobalKnowledgeLoss(2, total_steps=10)
+    kd = Distiller(nn.DataParallel(student), teacher, loss, example_inputs=(IMAGES,))
+    student(IMAGES)
+    assert kd(IMAGES, BOXES)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_student_compiled_after_attaching(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    student, _, kd = make()
+    student.eval()  # so that batch norm computes the same twice
+    student(IMAGES)
+    expected = kd(IMAGES, BOXES)
+    kd.loss.step = 0
+    compiled = torch.compile(student, backend=backend)
+    compiled(IMAGES)
+    for name, value in kd(IMAGES, BOXES).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_state_dict_holds_the_loss_alone():
+    student, teacher, kd = make()
+    assert {k.split(".")[0] for k in kd.state_dict()} == {"loss"}
+    assert not {id(p) for p in kd.parameters()} & {
+        id(p) for m in (student, teacher) for p in m.parameters()
+    }
+    assert [n for n, _ in kd.named_children()] == ["loss"]
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="nearest: .*body"):
+        make(student_path="bdy", teacher_path="body")
+    plain = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8))
+    with pytest.raises(ValueError, match="student_path: no module of Sequential puts out"):
+        Distiller(plain, Detector(4), GlobalKnowledgeLoss(2), example_inputs=(IMAGES,))
+    with pytest.raises(ValueError, match="pass student_path, teacher_path"):
+        Distiller(Detector(4), Detector(9), GlobalKnowledgeLoss(2))
+    with pytest.raises(ValueError, match="example_inputs: expected"):
+        Distiller(
+            Detector(4),
+            Detector(9),
+            GlobalKnowledgeLoss(2),
+            student_path="body",
+            teacher_path="body",
+        )
+    with pytest.raises(ValueError, match="expected the student's device cpu, but got meta"):
+        Distiller(
+            Detector(4), Detector(9).to("meta"), GlobalKnowledgeLoss(2), example_inputs=(IMAGES,)
+        )
+    student, _, kd = make()
+    student(IMAGES)
+    with pytest.raises(ValueError, match=r"targets\[0\]: expected the keys 'boxes' and 'labels'"):
+        kd(IMAGES, [{"bbox": BOXES[0]["boxes"]}, BOXES[1]])

@@ -1,0 +1,67 @@
+"""Levels: pairing by stride, assignment of boxes, adapters."""
+
+import pytest
+import torch
+
+from global_kd.hooks import infer_stride
+from global_kd.instances import assign_levels, pool_levels
+from global_kd.pyramid import build_adapters, pair_levels
+from global_kd.targets import Targets
+
+
+def test_levels_pair_by_stride_not_by_index():
+    assert pair_levels([4, 8, 16, 32, 64], [8, 16, 32, 64, 128]) == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert pair_levels([16, 8], [8, 16]) == [(1, 0), (0, 1)]  # finest first
+    with pytest.raises(ValueError, match=r"student strides \[4\] and teacher strides \[8\]"):
+        pair_levels([4], [8])
+
+
+@pytest.mark.parametrize(
+    ("size", "cells", "stride"),
+    [((96, 96), (24, 24), 4), ((224, 224), (16, 16), 14), ((100, 75), (13, 10), 8)],
+)
+def test_stride_of_a_map(size, cells, stride):
+    assert infer_stride(size, cells) == stride
+
+
+@pytest.mark.parametrize(
+    ("side", "level"),
+    # methods: below 112 px P2, below 224 P3, ..., from 896 P6 (the rule adds a pixel to each side)
+    [(0, 0), (110.9, 0), (111.1, 1), (222.9, 1), (223.1, 2), (447.1, 3), (895.1, 4), (5000, 4)],
+)
+def test_assignment_is_the_released_rule(side, level):
+    box = torch.tensor([[10.0, 10.0, 10.0 + side, 10.0 + side]])
+    assert assign_levels(box, [4, 8, 16, 32, 64]).item() == level
+
+
+def test_assignment_follows_the_first_stride_or_the_given_scale():
+    box = torch.tensor([[0.0, 0.0, 150.0, 150.0]])
+    assert assign_levels(box, [4, 8]).item() == 1
+    assert assign_levels(box, [8, 16]).item() == 0  # 112 px at stride 8
+    assert assign_levels(box, [8, 16], finest_scale=56).item() == 1
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [("conv3x3", 9), ("conv1x1", 1)])
+def test_adapters_are_linear_and_seeded_and_leave_the_random_state(kind, parameters):
+    random = torch.get_rng_state()
+    one, two = (build_adapters(kind, [3, 4], [5, 6]) for _ in range(2))
+    assert torch.equal(random, torch.get_rng_state())
+    assert [c.weight.numel() for c in one] == [15 * parameters, 24 * parameters]
+    assert torch.equal(one[1].weight, two[1].weight)
+    x, y = torch.randn(2, 1, 3, 7, 7)
+    zero = one[0](torch.zeros_like(x))
+    torch.testing.assert_close(one[0](x + y) - zero, one[0](x) + one[0](y) - 2 * zero)
+
+
+def test_identity_adapter_needs_equal_channels():
+    assert isinstance(build_adapters("identity", [3], [3])[0], torch.nn.Identity)
+    with pytest.raises(ValueError, match="level 1 has 4 in the student and 5 in the teacher"):
+        build_adapters("identity", [3, 4], [3, 5])
+    with pytest.raises(ValueError, match="adapter: expected one of .* but got 'mlp'"):
+        build_adapters("mlp", [3], [3])
+
+
+def test_levels_of_unequal_channels_share_one_table():
+    targets = Targets(torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), torch.tensor([0]))
+    rows = pool_levels([torch.ones(1, 2, 4, 4), torch.ones(1, 3, 2, 2)], targets, [4, 8])
+    assert rows.tolist() == [[[1, 1, 0]], [[1, 1, 1]]]
