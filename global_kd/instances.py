@@ -1,5 +1,6 @@
 """One feature row per box and level."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,4 +74,9 @@ def assign_levels(
     """
     scale = 14 * strides[0] if finest_scale is None else finest_scale
     side = ((boxes[:, 2:] - boxes[:, :2]) + 1).prod(dim=1).clamp(min=1e-12).sqrt()
-    return (side / scale + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
+    octave = (side / scale + 1e-6).log2().floor()
+    # Counting the levels passed keeps the rule right where a pyramid leaves out a stride.
+    level = torch.zeros_like(octave, dtype=torch.int64)
+    for stride in strides[1:]:
+        level += octave >= math.log2(stride / strides[0])
+    return level

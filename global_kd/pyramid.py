@@ -15,17 +15,21 @@ def pair_levels(
 ) -> list[tuple[int, int]]:
     """Indices ``(student, teacher)`` of the levels of equal stride, finest first.
 
+    Of several levels of one stride (torchvision's MobileNet pyramids) the last one, the deepest,
+    is taken.
+
     Raises:
         ValueError: No level has a partner.
     """
+    student = {stride: i for i, stride in enumerate(student_strides)}
     teacher = {stride: j for j, stride in enumerate(teacher_strides)}
-    paired = [(s, i, teacher[s]) for i, s in enumerate(student_strides) if s in teacher]
+    paired = sorted(student.keys() & teacher.keys())
     if not paired:
         raise ValueError(
             f"levels: expected student and teacher levels of equal stride, but got student "
             f"strides {list(student_strides)} and teacher strides {list(teacher_strides)}"
         )
-    return [(i, j) for _, i, j in sorted(paired)]
+    return [(student[stride], teacher[stride]) for stride in paired]
 
 
 def build_adapters(

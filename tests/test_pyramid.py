@@ -12,6 +12,8 @@ from global_kd.targets import Targets
 def test_levels_pair_by_stride_not_by_index():
     assert pair_levels([4, 8, 16, 32, 64], [8, 16, 32, 64, 128]) == [(1, 0), (2, 1), (3, 2), (4, 3)]
     assert pair_levels([16, 8], [8, 16]) == [(1, 0), (0, 1)]  # finest first
+    # torchvision's MobileNet has stride 32 twice: the deeper one counts
+    assert pair_levels([32, 32, 64], [4, 8, 16, 32, 64]) == [(1, 3), (2, 4)]
     with pytest.raises(ValueError, match=r"student strides \[4\] and teacher strides \[8\]"):
         pair_levels([4], [8])
 
@@ -32,6 +34,14 @@ def test_stride_of_a_map(size, cells, stride):
 def test_assignment_is_the_released_rule(side, level):
     box = torch.tensor([[10.0, 10.0, 10.0 + side, 10.0 + side]])
     assert assign_levels(box, [4, 8, 16, 32, 64]).item() == level
+
+
+def test_assignment_on_a_pyramid_with_a_gap_goes_by_stride():
+    sides = torch.tensor([50.0, 150, 300, 600, 1200])
+    boxes = torch.stack([sides * 0, sides * 0, sides, sides], dim=1)
+    full = assign_levels(boxes, [4, 8, 16, 32, 64])
+    assert full.tolist() == [0, 1, 2, 3, 4]
+    assert assign_levels(boxes, [4, 16, 64]).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_assignment_follows_the_first_stride_or_the_given_scale():

@@ -11,7 +11,8 @@ def box_cells(boxes: Tensor, stride: float, height: int, width: int) -> Tensor:
     ``floor(x1/s) .. max(ceil(x2/s), floor(x1/s) + 1) - 1``. Every box covers at least one cell: a
     zero-area box the cell it lies in, a box beyond the border the nearest border cell.
     """
-    x1, y1, x2, y2 = (boxes / stride).unbind(dim=1)
+    # Values are checked by ``Targets``; here a NaN must only not become an index outside the map.
+    x1, y1, x2, y2 = (boxes / stride).nan_to_num(0).unbind(dim=1)
     (left, right), (top, bottom) = _cover(x1, x2, width), _cover(y1, y2, height)
     return torch.stack([left, top, right, bottom], dim=1).long()
 

@@ -1,0 +1,134 @@
+"""Which knowledge the examples transfer, and the student that is trained with or without it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coco_eval import evaluate
+from detection_data import DetectionData, first_batches, to_device
+from global_kd import Distiller, GlobalKnowledgeLoss
+from training import Recipe, Trainer
+
+Log = Callable[[str, float, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+    """Settings of the distillation; defaults for objects of 12 to 56 px and strides 4, 8, 16.
+
+    The first four are the terms' weights, 0 leaves a term out. `robust` weights each instance by
+    omega. `boxes` are those on which knowledge is transferred. `finest_scale`: boxes up to twice
+    this side (px) lie on the finest level. `min_side`: smallest side (px) of a prototype.
+    Prototypes come from the training stream and are renewed every `refresh_every` iterations;
+    with `prototype_images` = n > 0 they are computed before each epoch in eval mode instead,
+    from n training images.
+    """
+
+    foreground: float = 2.0
+    background: float = 1.0
+    relation: float = 0.0
+    logits: float = 5.0
+    robust: bool = True
+    own_class: bool = False
+    center: bool = False
+    boxes: str = "proposals"
+    levels: str = "all"
+    finest_scale: float | None = 16.0
+    min_side: float = 10.0
+    num_prototypes: int = 10
+    temperature: float = 2.0
+    refresh_every: int = 100
+    prototype_images: int = 0
+
+    def distiller(
+        self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
+    ) -> Distiller:
+        """A `Distiller` with these settings for a training of `steps` iterations."""
+        loss = GlobalKnowledgeLoss(
+            num_classes,
+            foreground=self.foreground,
+            background=self.background,
+            relation=self.relation,
+            logits=self.logits,
+            robust_imitation=self.robust,
+            robust_relation=self.robust,
+            robust_logits=self.robust,
+            own_class=self.own_class,
+            center=self.center,
+            levels=self.levels,
+            finest_scale=self.finest_scale,
+            min_side=self.min_side,
+            num_prototypes=self.num_prototypes,
+            temperature=self.temperature,
+            refresh_every=None if self.prototype_images else self.refresh_every,
+            total_steps=steps,
+            standardize=True,
+            seed=seed,
+        )
+        return Distiller(student, teacher, loss, boxes=self.boxes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every arm shares: the data, how a student starts, its teacher, how it is trained.
+
+    `curve_images` is the number of validation images behind each point of the AP curve.
+    """
+
+    data: DetectionData
+    make_student: Callable[[], nn.Module]
+    recipe: Recipe
+    teacher: nn.Module | None = None
+    device: str = "cpu"
+    workers: int = 0
+    curve_images: int = 200
+
+    def train(
+        self,
+        label: str,
+        knowledge: Knowledge | None = None,
+        *,
+        start: dict[str, Tensor] | None = None,
+        state: Path | None = None,
+        resume: bool = False,
+        log: Log | None = None,
+    ) -> Trainer:
+        """Train one student; arms of one recipe see the same initial weights and batches.
+
+        `start` are the weights to go on from (a warm start). `state` is the file to resume from.
+        """
+        torch.manual_seed(self.recipe.seed)
+        student = self.make_student()
+        if start is not None:
+            student.load_state_dict(start)
+        student.to(self.device)
+        kd = None
+        if knowledge is not None:
+            if self.teacher is None:
+                raise ValueError("teacher: expected a detector to distil from, but got None")
+            recipe, classes = self.recipe, self.data.num_classes
+            kd = knowledge.distiller(student, self.teacher, classes, recipe.iterations, recipe.seed)
+        torch.manual_seed(self.recipe.seed)
+        trainer = Trainer(student, self.recipe, kd, self.workers)
+        if resume and state is not None and state.is_file():
+            trainer.load(state)
+
+        def renew_prototypes() -> None:
+            if kd is not None and knowledge is not None and knowledge.prototype_images:
+                images = first_batches(self.data.train, knowledge.prototype_images, 25)
+                kd.refresh(to_device(images, self.device), progress=False)
+
+        trainer.fit(
+            self.data.train,
+            label=label,
+            state=state,
+            evaluate=lambda model: evaluate(model, self.data, limit=self.curve_images),
+            log=log,
+            before_epoch=renew_prototypes,
+        )
+        return trainer
