@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # tensors are tiny here: more threads would only wait for each other
+
 
 settings.register_profile(
     "global_kd",
