@@ -19,16 +19,21 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, data: DetectionData, indices: Sequence[int], *, label: str = "evaluate"
+    model: nn.Module, data: DetectionData, indices: Sequence[int], *, label: str | None = "evaluate"
 ) -> list[dict[str, Any]]:
-    """Detections on validation images, in COCO's result format; the model keeps its mode."""
+    """Detections on validation images, in COCO's result format; the model keeps its mode.
+
+    `label` stands before the progress bar; None shows no bar.
+    """
     device = next(model.parameters()).device
     image_ids = sorted(data.ground_truth.imgs)
     found: list[dict[str, Any]] = []
     training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(indices), 25), desc=label, leave=False):
+        for start in tqdm(
+            range(0, len(indices), 25), desc=label, leave=False, disable=label is None
+        ):
             batch = indices[start : start + 25]
             outputs = model([data.validation[index][0].to(device) for index in batch])
             for index, output in zip(batch, outputs, strict=True):
@@ -74,7 +79,11 @@ def score(
 
 
 def evaluate(
-    model: nn.Module, data: DetectionData, *, limit: int | None = None, label: str = "evaluate"
+    model: nn.Module,
+    data: DetectionData,
+    *,
+    limit: int | None = None,
+    label: str | None = "evaluate",
 ) -> dict[str, float]:
     """`score` on the validation split, or on its first `limit` images."""
     indices = range(len(data.validation) if limit is None else min(limit, len(data.validation)))

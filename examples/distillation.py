@@ -77,7 +77,8 @@ class Knowledge:
 class Experiment:
     """What every arm shares: the data, how a student starts, its teacher, how it is trained.
 
-    `curve_images` is the number of validation images behind each point of the AP curve.
+    `curve_images` is the number of validation images behind each point of the AP curve, `line`
+    that of the progress bar on the screen.
     """
 
     data: DetectionData
@@ -87,6 +88,7 @@ class Experiment:
     device: str = "cpu"
     workers: int = 0
     curve_images: int = 200
+    line: int = 0
 
     def train(
         self,
@@ -126,8 +128,9 @@ class Experiment:
         trainer.fit(
             self.data.train,
             label=label,
+            line=self.line,
             state=state,
-            evaluate=lambda model: evaluate(model, self.data, limit=self.curve_images),
+            evaluate=lambda model: evaluate(model, self.data, limit=self.curve_images, label=None),
             log=log,
             before_epoch=renew_prototypes,
         )

@@ -30,7 +30,7 @@ def draw_curves(runs: Mapping[str, Run], teacher_ap: float | None, images: int, 
     for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
         steps = [row["iteration"] for row in run.losses]
         detection = [
-            sum(v for k, v in row.items() if k.startswith("loss_") or k in _DENSE_TERMS)
+            sum(v for k, v in row.items() if k not in ("iteration", "total") and k[:3] != "kd_")
             for row in run.losses
         ]
         left.plot(steps, detection, color=colour, alpha=0.25, linewidth=1)
@@ -44,7 +44,9 @@ def draw_curves(runs: Mapping[str, Run], teacher_ap: float | None, images: int, 
             label=name,
         )
     if teacher_ap is not None:
-        right.axhline(100 * teacher_ap, color="grey", linestyle="--", linewidth=1, label="teacher")
+        right.axhline(
+            100 * teacher_ap, color="grey", linestyle="--", linewidth=1, label="teacher, all images"
+        )
     left.set(xlabel="iteration", ylabel="detection loss", ylim=(0, None))
     right.set(xlabel="iteration", ylabel=f"AP (%) on {images} validation images", ylim=(0, None))
     for axes in (left, right):
@@ -52,9 +54,6 @@ def draw_curves(runs: Mapping[str, Run], teacher_ap: float | None, images: int, 
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     _save(figure, path)
-
-
-_DENSE_TERMS = ("classification", "bbox_regression", "bbox_ctrness")
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
@@ -219,8 +218,8 @@ def _crop(split: DetectionSet, image: int, box: int, size: int = 64) -> Any:
     picture, target = split[image]
     x1, y1, x2, y2 = target["boxes"][box].tolist()
     half = 0.62 * max(x2 - x1, y2 - y1)
-    middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
     height, width = picture.shape[-2:]
+    middle_x, middle_y = _inside((x1 + x2) / 2, half, width), _inside((y1 + y2) / 2, half, height)
     xs = torch.linspace(middle_x - half, middle_x + half, size) / width * 2 - 1
     ys = torch.linspace(middle_y - half, middle_y + half, size) / height * 2 - 1
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)[None]
@@ -228,6 +227,11 @@ def _crop(split: DetectionSet, image: int, box: int, size: int = 64) -> Any:
         picture[None], grid, padding_mode="border", align_corners=False
     )
     return square[0].permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def _inside(middle: float, half: float, length: int) -> float:
+    """The middle moved so that middle ± half stays within [0, length], where that is possible."""
+    return min(max(middle, half), length - half) if 2 * half <= length else middle
 
 
 def _show(axes: Axes, image: Tensor) -> None:

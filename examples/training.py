@@ -111,6 +111,7 @@ class Trainer:
         data: DetectionSet,
         *,
         label: str,
+        line: int = 0,
         state: Path | None = None,
         evaluate: Callable[[nn.Module], Scores] | None = None,
         log: Callable[[str, float, int], None] | None = None,
@@ -128,7 +129,8 @@ class Trainer:
             for k in range(1, recipe.evaluations + 1)
         }
         self.model.train()
-        bar = tqdm(total=recipe.iterations, initial=run.iteration, desc=label, unit="it")
+        total, done = recipe.iterations, run.iteration
+        bar = tqdm(total=total, initial=done, desc=label, unit="it", position=line)
         with bar, _interrupts() as interrupts:
             while run.iteration < recipe.iterations:
                 epoch, skip = divmod(run.iteration, per_epoch)

@@ -178,8 +178,8 @@ class PrototypeGenerator(nn.Module):
     def generate(self) -> PrototypeBank:
         """Prototypes of every level and class from the rows collected so far.
 
-        Classes without instances get none. Takes a pursuit per level and class seen, each a few
-        milliseconds for 800 instances of 256 channels.
+        Classes without instances get none. Takes a density cut and a pursuit per level and class
+        seen: on a CPU, some 50 milliseconds for 800 instances of 256 channels.
 
         Raises:
             RuntimeError: No row was ever added, so levels and channels are unknown.

@@ -185,14 +185,14 @@ def pursue(
         w_ss = p * p * a + 2 * p * q * c + q * q * b
         w_tt = q * q * a + 2 * p * q * c + p * p * b
         w_st = p * q * (a + b) + (p * p + q * q) * c
+        # With half of the last terms inside, each update is a sum of two outer products, in place.
+        ss, tt, st = ss - 0.5 * w_ss * x_s, tt - 0.5 * w_tt * x_t, st - w_st * x_s
         k_s, k_ss, k_st = (student @ torch.stack([x_s, ss, st], dim=1)).unbind(dim=1)
         k_t, k_tt, k_ts = (teacher @ torch.stack([x_t, tt, ts], dim=1)).unbind(dim=1)
-        q_ss = q_ss - 2 * k_ss * k_s + w_ss * k_s.square()
-        q_tt = q_tt - 2 * k_tt * k_t + w_tt * k_t.square()
-        q_st = q_st - k_st * k_t - k_s * k_ts + w_st * k_s * k_t
-        outer = torch.outer(ss, x_s)
-        cov_s = cov_s - outer - outer.T + w_ss * torch.outer(x_s, x_s)
-        outer = torch.outer(tt, x_t)
-        cov_t = cov_t - outer - outer.T + w_tt * torch.outer(x_t, x_t)
-        cross = cross - torch.outer(st, x_t) - torch.outer(x_s, ts) + w_st * torch.outer(x_s, x_t)
+        q_ss -= 2 * k_ss * k_s
+        q_tt -= 2 * k_tt * k_t
+        q_st -= k_st * k_t + k_s * k_ts
+        cov_s.addmm_(torch.stack([ss, x_s], dim=1), torch.stack([x_s, ss]), alpha=-1)
+        cov_t.addmm_(torch.stack([tt, x_t], dim=1), torch.stack([x_t, tt]), alpha=-1)
+        cross.addmm_(torch.stack([st, x_s], dim=1), torch.stack([x_t, ts]), alpha=-1)
     return picks

@@ -20,6 +20,7 @@ def study(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_results_and_table(study, capsys):
     results = study("--seeds", 0, 1, "--arms", "none", "all")
     assert len(results) == 4
@@ -45,6 +46,7 @@ def test_what_is_known_is_not_trained_again(study, monkeypatch):
     assert trained == ["relation", "none"]
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_shared_by_the_arms(study, tmp_path):
     cold = study("--seeds", 0, "--arms", "none")
     results = study("--seeds", 0, "--arms", "none", "imitation", "--warm-start")

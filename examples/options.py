@@ -1,0 +1,173 @@
+"""The options of `torchvision_frcnn.py`, and what can be checked before any work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import storage
+from detectors import TEACHER_ITERATIONS, detector_names
+from distillation import Knowledge
+
+# A run may be continued with other values of these.
+_FREE = ("resume", "output", "cache", "log_dir", "workers", "processes")
+
+
+STATES = ("teacher", "start", "none", "gk")
+
+
+def state_file(args: argparse.Namespace, name: str) -> Path:
+    """Where the training `name`, one of `STATES`, can be resumed from."""
+    path: Path = args.output / "state" / f"{name}.pt"
+    return path
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with what depends on other options filled in."""
+    parser = argparse.ArgumentParser(
+        description="Distil a torchvision detector; without options, a small one on digit scenes.",
+        epilog=f"Detectors: {', '.join(detector_names())}.",
+    )
+    known = Knowledge()
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", choices=("digits", "coco", "voc"), default="digits")
+    data.add_argument("--root", type=Path, help="folder of the COCO or VOC tree")
+    data.add_argument(
+        "--scenes", type=int, nargs=2, default=(8000, 600), metavar=("TRAIN", "VALIDATION")
+    )
+    data.add_argument(
+        "--cache", type=Path, default=storage.cache_folder(), help="for what is made once"
+    )
+    data.add_argument("--workers", type=int, default=0, help="processes that load images")
+    models = parser.add_argument_group("detectors")
+    models.add_argument("--teacher", help="a detector by name")
+    models.add_argument("--student", help="a detector by name")
+    models.add_argument("--teacher-weights", help="a file, or DEFAULT: torchvision's")
+    models.add_argument("--student-weights", help="likewise, or 'backbone': trained on ImageNet")
+    models.add_argument("--train-teacher", action="store_true", help="whatever is kept or shipped")
+    models.add_argument("--teacher-iterations", type=int, help=f"default {TEACHER_ITERATIONS}")
+    models.add_argument("--side", type=int, default=96, help="px that the small detectors look at")
+    method = parser.add_argument_group("distillation")
+    method.add_argument("--method", choices=("none", "gk"), default="gk")
+    method.add_argument("--no-baseline", action="store_true", help="only the distilled student")
+    for term in ("foreground", "background", "relation", "logits"):
+        weight = getattr(known, term)
+        method.add_argument(f"--{term}", type=float, default=weight, help=f"weight, {weight:g}")
+    method.add_argument("--no-robust", action="store_true", help="all instances weigh the same")
+    method.add_argument("--own-class", action="store_true", help="relations within the class")
+    method.add_argument("--center", action="store_true", help="cosines around the mean prototype")
+    method.add_argument("--boxes", choices=("proposals", "ground_truth"), default=known.boxes)
+    method.add_argument(
+        "--refresh-every",
+        type=int,
+        default=known.refresh_every,
+        help="iterations to new prototypes",
+    )
+    method.add_argument(
+        "--prototype-images", type=int, default=0, help="compute prototypes from N images instead"
+    )
+    method.add_argument("--warm-start", action="store_true", help="go on from a trained student")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=float, default=2)
+    training.add_argument("--iterations", type=int, help="instead of --epochs")
+    training.add_argument("--batch-size", type=int, default=16)
+    training.add_argument("--lr", type=float, help="default 3e-3 (small detectors) or 1e-4")
+    training.add_argument("--device", default="cpu")
+    training.add_argument(
+        "--threads", type=int, help="of the processor; default 1 (small detectors) or all"
+    )
+    training.add_argument(
+        "--processes", type=int, help="2 trains both students at once: default where it is faster"
+    )
+    training.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--output", type=Path, default=Path("runs/torchvision_frcnn"))
+    training.add_argument("--resume", action="store_true", help="continue the run in --output")
+    training.add_argument("--log-dir", type=Path, help="for TensorBoard")
+    args = parser.parse_args(arguments)
+    digits = args.data == "digits"
+    if not digits and args.root is None:
+        raise SystemExit(f"--data {args.data} needs --root, the folder of the data set.")
+    if args.teacher_weights and args.train_teacher:
+        raise SystemExit("Give --teacher-weights or --train-teacher, not both.")
+    args.teacher = args.teacher or ("small-teacher" if digits else "fasterrcnn_resnet50_fpn")
+    args.student = args.student or (
+        "small-student" if digits else "fasterrcnn_mobilenet_v3_large_320_fpn"
+    )
+    small = args.student.startswith("small")
+    args.lr = args.lr or (3e-3 if small else 1e-4)
+    # Small maps keep one thread busy; more cost as much as they bring, and a lot beside other work.
+    args.threads = args.threads or (1 if small else torch.get_num_threads())
+    if args.processes is None:
+        alone = args.threads > 1 or args.device != "cpu"
+        args.processes = 1 if alone else min(2, os.cpu_count() or 1)
+    args.teacher_iterations = args.teacher_iterations or TEACHER_ITERATIONS
+    for name in ("batch_size", "epochs", "side", "refresh_every", "lr"):
+        if getattr(args, name) <= 0:
+            raise SystemExit(f"--{name.replace('_', '-')} must be greater than 0.")
+    return args
+
+
+def knowledge(args: argparse.Namespace) -> Knowledge:
+    """What to transfer; other data than digits has larger objects and takes the paper's sizes."""
+    terms = Knowledge(
+        foreground=args.foreground,
+        background=args.background,
+        relation=args.relation,
+        logits=args.logits,
+        robust=not args.no_robust,
+        own_class=args.own_class,
+        center=args.center,
+        boxes=args.boxes,
+        refresh_every=args.refresh_every,
+        prototype_images=args.prototype_images,
+    )
+    if args.data == "digits":
+        return terms
+    return dataclasses.replace(terms, levels="assigned", finest_scale=None, min_side=30.0)
+
+
+def prepare_process(args: argparse.Namespace) -> None:
+    """Settings of PyTorch that belong to a process."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cpu":  # or several threads would add gradients up in a random order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check what can be checked before any work, and note the options for `--resume`."""
+    prepare_process(args)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(
+            f"--device {args.device} cannot be used: {storage.first_line(error)}."
+        ) from None
+    storage.require_disk(args.output, 2**20, "the output")
+    note = args.output / "options.json"
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(args).items())
+        if name not in _FREE
+    }
+    options = json.loads(json.dumps(options))
+    if args.resume:
+        if not note.is_file():
+            raise SystemExit(f"Cannot resume: there is no run in {args.output}.")
+        former = json.loads(note.read_text())
+        for name, value in options.items():
+            if former.get(name) != value:
+                raise SystemExit(
+                    f"Cannot resume: the run in {args.output} has --{name.replace('_', '-')} "
+                    f"{former.get(name)}, not {value}."
+                )
+    else:  # what an earlier run left to resume is not ours
+        for state in STATES:
+            state_file(args, state).unlink(missing_ok=True)
+    note.write_text(json.dumps(options, indent=1) + "\n")
