@@ -32,7 +32,7 @@ from digit_scenes import SceneSettings
 from distillation import Experiment, Knowledge
 from training import Recipe
 
-FULL = Knowledge(relation=5.0)  # the released 5, summed over levels, would be 15 here
+FULL = Knowledge()
 NOTHING = dataclasses.replace(FULL, foreground=0, background=0, relation=0, logits=0)
 
 # One arm a line: what it transfers. Add a line to ask another question.

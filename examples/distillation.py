@@ -31,7 +31,7 @@ class Knowledge:
 
     foreground: float = 2.0
     background: float = 1.0
-    relation: float = 0.0
+    relation: float = 5.0
     logits: float = 5.0
     robust: bool = True
     own_class: bool = False

@@ -36,7 +36,8 @@ class RobustDistillLoss(nn.Module):
         strides: Pixels of the network input per cell of each level, finest first.
         foreground: Weight of the imitation inside boxes.
         background: Weight of the imitation outside boxes.
-        relation: Weight of the relation term.
+        relation: Weight of the relation term. The default is what the project's study supports;
+            the released weight is 25 here.
         logits: Weight of the soft labels.
         robust_imitation: Weight the foreground by omega.
         robust_relation: Weight the relations by omega.
@@ -64,7 +65,7 @@ class RobustDistillLoss(nn.Module):
         *,
         foreground: float = 1.0,
         background: float = 4.0,
-        relation: float = 25.0,
+        relation: float = 5.0,
         logits: float = 1.0,
         robust_imitation: bool = True,
         robust_relation: bool = True,

@@ -206,7 +206,7 @@ class TestTeacher:
 def test_other_data(tmp_path, data):
     root = {"coco": write_coco, "voc": write_voc}[data](tmp_path / data)
     options = f"--data {data} --root {root} --iterations 2 --batch-size 2 --lr 1e-3 --train-teacher"
-    names = "--teacher small-teacher --student small-student --teacher-iterations 2 --side 96"
+    names = "--teacher small-teacher --student small-student --teacher-iterations 2 --processes 1"
     output = tmp_path / "output"
     run(options.split(), *names.split(), "--output", output)
     metrics = json.loads((output / "metrics.json").read_text())
@@ -243,7 +243,7 @@ def test_torchvision_models_by_name(tmp_path):
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     torch.save(detectors.build_detector(name, 6).state_dict(), tmp_path / "teacher.pt")
     options = f"--data coco --root {root} --iterations 1 --batch-size 1 --teacher {name}".split()
-    options += f"--student {name} --no-baseline --output {tmp_path / 'output'}".split()
+    options += f"--student {name} --no-baseline --threads 1 --output {tmp_path / 'output'}".split()
     run(options, "--teacher-weights", tmp_path / "teacher.pt")
     student = detectors.build_detector(name, 6, weights=str(tmp_path / "output/student_gk.pt"))
     assert type(student).__module__ == "torchvision.models.detection.faster_rcnn"
