@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
+from torchvision.ops import box_iou, nms
 
 from detection_data import DetectionData, DetectionSet, find_box, first_batches, to_device
 from global_kd import Distiller
@@ -89,7 +90,7 @@ def draw_predictions(
             _outline(row[0], box, data.class_names[label], "white")
         for axes, model in zip(row[1:], models.values(), strict=True):
             _show(axes, image)
-            found = _detect(model, image)
+            found = _detect(model, image, threshold)
             right = _matches(found, target)
             for box, label, score, good in zip(
                 found["boxes"].tolist(),
@@ -98,29 +99,30 @@ def draw_predictions(
                 right,
                 strict=True,
             ):
-                if score >= threshold:
-                    text = f"{data.class_names[label]} .{min(99, round(score * 100)):02d}"
-                    _outline(axes, box, text, "#7CFC00" if good else "#ff4040")
+                text = f"{data.class_names[label]} .{min(99, round(score * 100)):02d}"
+                _outline(axes, box, text, "#7CFC00" if good else "#ff4040")
     for axes, name in zip(grid[0], columns, strict=True):
         axes.set_title(name, fontsize=11)
     figure.suptitle(
-        f"detections with score ≥ {threshold}: green is the right class with IoU ≥ 0.5, red is not",
+        f"score ≥ {threshold}, the best of boxes that overlap by 0.6; "
+        "green: the right class with IoU ≥ 0.5, red: not",
         fontsize=10,
     )
     _save(figure, path)
 
 
 @torch.no_grad()
-def _detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+def _detect(model: nn.Module, image: Tensor, threshold: float) -> dict[str, Tensor]:
+    """Detections worth drawing, best score first, one for each place whatever its class."""
     model.eval()
     output: dict[str, Tensor] = model([image.to(next(model.parameters()).device)])[0]
-    return {name: value.cpu() for name, value in output.items()}
+    kept = nms(output["boxes"], output["scores"], iou_threshold=0.6)
+    kept = kept[output["scores"][kept] >= threshold]
+    return {name: output[name][kept].cpu() for name in ("boxes", "labels", "scores")}
 
 
 def _matches(found: dict[str, Tensor], target: dict[str, Tensor]) -> list[bool]:
     """Whether each detection, best score first, finds a box that none before it found."""
-    from torchvision.ops import box_iou
-
     overlaps = box_iou(found["boxes"], target["boxes"])
     same = found["labels"][:, None] == target["labels"][None]
     overlaps = torch.where(same, overlaps, 0.0)

@@ -11,7 +11,7 @@ from .. import _check
 from ..instances import pool_levels
 from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
-from ..pyramid import build_adapters, check_pyramids
+from ..pyramid import ADAPTERS, build_adapters, check_pyramids
 from ..schedules import Schedule
 from ..targets import Targets
 from .robust_distill import RobustDistillLoss
@@ -98,6 +98,7 @@ class GlobalKnowledgeLoss(nn.Module):
         for name, value in (("total_steps", total_steps), ("refresh_every", refresh_every)):
             if value is not None:
                 _check.positive(name, value)
+        _check.one_of("adapter", adapter, ADAPTERS)
         if isinstance(schedule, Schedule):
             schedule = dict.fromkeys(TERMS, schedule)
         for term in schedule or {}:
@@ -158,10 +159,10 @@ class GlobalKnowledgeLoss(nn.Module):
         self._levels = levels
         options = {"activation": activation} if activation is not None else {}
         self.rdm = RobustDistillLoss(strides, **(options | self._rdm_options))
-        kind = self.adapter if self.rdm.imitates else "identity"
-        self.adapters = nn.ModuleList()
+        self.adapters = nn.ModuleList()  # none where nothing is imitated
         if self.rdm.imitates:
-            self.adapters = build_adapters(kind, student_channels, teacher_channels, self.seed)
+            channels = student_channels, teacher_channels
+            self.adapters = build_adapters(self.adapter, *channels, self.seed)
         self.bank = PrototypeBank(
             len(strides),
             self.generator.num_classes,
