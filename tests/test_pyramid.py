@@ -53,9 +53,13 @@ def test_assignment_follows_the_first_stride_or_the_given_scale():
 
 @pytest.mark.parametrize(("kind", "parameters"), [("conv3x3", 9), ("conv1x1", 1)])
 def test_adapters_are_linear_and_seeded_and_leave_the_random_state(kind, parameters):
+    torch.manual_seed(1)
     random = torch.get_rng_state()
-    one, two = (build_adapters(kind, [3, 4], [5, 6]) for _ in range(2))
+    one = build_adapters(kind, [3, 4], [5, 6])
     assert torch.equal(random, torch.get_rng_state())
+    torch.manual_seed(2)  # the global state is not read either
+    two, other = (build_adapters(kind, [3, 4], [5, 6], seed) for seed in (0, 1))
+    assert not torch.equal(one[1].weight, other[1].weight)
     assert [c.weight.numel() for c in one] == [15 * parameters, 24 * parameters]
     assert torch.equal(one[1].weight, two[1].weight)
     x, y = torch.randn(2, 1, 3, 7, 7)
