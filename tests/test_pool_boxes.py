@@ -227,3 +227,24 @@ def test_compiles_once_for_every_number_of_boxes():
         expected = F.pool_boxes(s.student, s.boxes, s.image_index, s.stride)
         torch.testing.assert_close(pooled, expected)
     assert graphs.count == 1
+
+
+def test_backward_of_overlapping_boxes_is_deterministic_on_several_threads():
+    """Many boxes share columns; their gradients must add up in the same order every time."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 64, 48, 64, generator=generator, requires_grad=True)
+    corner = torch.rand(300, 2, generator=generator) * 200
+    boxes = torch.cat([corner, corner + 150 * torch.rand(300, 2, generator=generator)], dim=1)
+    image_index = torch.randint(0, 2, (300,), generator=generator)
+    upstream = torch.randn(300, 64, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = set()
+        for _ in range(8):
+            pooled = F.pool_boxes(features, boxes, image_index, 4)
+            (gradient,) = torch.autograd.grad(pooled, features, upstream)
+            gradients.add(gradient.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(gradients) == 1

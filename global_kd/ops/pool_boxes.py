@@ -21,11 +21,20 @@ def pool_boxes(features: Tensor, boxes: Tensor, image_index: Tensor, stride: flo
     if batch == 0 or x.numel() == 0:
         return x.new_zeros(boxes.shape[0], channels) + x.sum()
     centre = x.detach().mean(dim=(2, 3), keepdim=True)
-    prefix = torch.nn.functional.pad((x - centre).cumsum(dim=3), (1, 0))  # (B, C, H, W + 1)
-    by_column = prefix.permute(0, 3, 1, 2)  # (B, W + 1, C, H)
-    row_sums = by_column[image_index, cells[:, 2]] - by_column[image_index, cells[:, 0]]
+    prefix = (x - centre).cumsum(dim=3).permute(0, 3, 1, 2)
+    columns = torch.nn.functional.pad(prefix, (0, 0, 0, 0, 1, 0)).flatten(0, 1)  # (B (W + 1), C, H)
+    first = image_index * (width + 1)
+    row_sums = _take(columns, first + cells[:, 2]) - _take(columns, first + cells[:, 0])
     rows, _ = cell_members(cells, height, width)
     area = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
     share = rows.to(x.dtype) / area.to(x.dtype)[:, None]
     # Multiply and add instead of a matrix product: autocast would take that to half precision.
     return (row_sums * share[:, None]).sum(dim=2) + centre[image_index, :, 0, 0]
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` whose backward adds in a fixed order: boxes share columns.
+
+    Of the two ways to say it, each is deterministic on one kind of device only.
+    """
+    return table.index_select(0, index) if table.device.type == "cpu" else table[index]
