@@ -25,22 +25,26 @@ def tensor(name: str, x: object, dims: int | None, meaning: str) -> None:
 
 
 def floating(name: str, x: Tensor) -> None:
+    """``x`` has a floating-point dtype."""
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, but got {x.dtype}")
 
 
 def integer(name: str, x: Tensor) -> None:
+    """``x`` is an int64 tensor."""
     tensor(name, x, None, "of int64")
     if x.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, but got {x.dtype}")
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    """``x`` has exactly this shape."""
     if x.shape != expected:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, but got {tuple(x.shape)}")
 
 
 def length(name: str, x: Tensor, expected: int) -> None:
+    """The last dimension of ``x`` has this many entries."""
     if x.dim() == 0 or x.shape[-1] != expected:
         raise ValueError(
             f"{name}: expected {expected} entries in the last dimension, but got {tuple(x.shape)}"
@@ -59,6 +63,7 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """``value`` is one of the named choices."""
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(
@@ -67,16 +72,19 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def positive(name: str, value: float) -> None:
+    """A number > 0."""
     if not value > 0:
         raise ValueError(f"{name}: expected a number > 0, but got {value!r}")
 
 
 def not_negative(name: str, value: float) -> None:
+    """A finite number >= 0."""
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite number >= 0, but got {value!r}")
 
 
 def boxes(boxes: Tensor, image_index: Tensor) -> None:
+    """Float boxes ``(R, 4)`` and the int64 image ``(R,)`` of each."""
     tensor("boxes", boxes, 2, "(R, 4)")
     if boxes.shape[1] != 4:
         raise ValueError(f"boxes: expected shape (R, 4), but got {tuple(boxes.shape)}")
