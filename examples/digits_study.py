@@ -41,10 +41,8 @@ ARMS: dict[str, Knowledge | None] = {
     "imitation": dataclasses.replace(FULL, relation=0, logits=0),
     "logits": dataclasses.replace(NOTHING, logits=FULL.logits),
     "relation": dataclasses.replace(NOTHING, relation=FULL.relation),
-    "all": FULL,
     "imitation + logits": dataclasses.replace(FULL, relation=0),
-    "imitation + logits, no omega": dataclasses.replace(FULL, relation=0, robust=False),
-    "all, relation 0.5": dataclasses.replace(FULL, relation=0.5),
+    "all": FULL,
 }
 RESULTS = Path(__file__).parent / "results" / "digits_study.json"
 
