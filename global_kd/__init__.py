@@ -5,6 +5,7 @@ Importing this package imports torch and numpy, nothing else.
 
 from . import functional as functional
 from . import integrations as integrations
+from .detector import Pixels as Pixels
 from .distiller import Distiller as Distiller
 from .hooks import FeatureTap as FeatureTap
 from .hooks import Pyramid as Pyramid
@@ -22,6 +23,7 @@ __all__ = [
     "Distiller",
     "FeatureTap",
     "GlobalKnowledgeLoss",
+    "Pixels",
     "PrototypeBank",
     "PrototypeGenerator",
     "Pyramid",

@@ -1,148 +1,30 @@
 """Two detectors and one loss: named terms at every step."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .hooks import FeatureTap, evaluating, feature_maps, find_pyramids, infer_stride, unwrap
+from . import _check
+from .detector import (
+    Detector,
+    Look,
+    ModuleDetector,
+    Pixels,
+    Seen,
+    View,
+    detector_of,
+    translate,
+)
+from .doctor import Report, examine
+from .hooks import FeatureTap, evaluating, infer_strides, unwrap
 from .losses.global_knowledge import GlobalKnowledgeLoss
-from .pyramid import pair_levels
+from .pyramid import align_levels, pair_levels
 from .targets import Targets
 
 _STEPS_UNTIL_WARNING = 64
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a framework's reader finds in one batch.
-
-    Attributes:
-        student: Maps of the student, all its levels.
-        teacher: Maps of the teacher, all its levels, without gradient.
-        targets: Boxes on which knowledge is transferred.
-        instances: Ground-truth boxes, for prototypes; ``None`` where ``targets`` are those.
-        student_logits: Class logits ``(N, K)`` of the student.
-        teacher_logits: Class logits ``(N, K)`` of the teacher on the same rows.
-        logit_box: int64 ``(N,)``, index into ``targets`` of each row.
-    """
-
-    student: Sequence[Tensor]
-    teacher: Sequence[Tensor]
-    targets: Targets
-    instances: Targets | None = None
-    student_logits: Tensor | None = None
-    teacher_logits: Tensor | None = None
-    logit_box: Tensor | None = None
-
-
-class Pair(Protocol):
-    """A student and a teacher of one framework, as the :class:`Distiller` uses them.
-
-    Attributes:
-        taps: Paths in the student to record, by name.
-        inputs: Those of the names for which inputs are recorded.
-        activation: Of the class logits, ``"softmax"`` or ``"sigmoid"``.
-    """
-
-    taps: dict[str, str]
-    inputs: tuple[str, ...]
-    activation: str
-
-    def probe(self) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[int, int]]:
-        """Student maps, teacher maps and network-input size of a dry pass in eval mode."""
-
-    def step(self, tapped: dict[str, Any], images: Any, targets: Any, logits: bool) -> Step:
-        """Read a training step of the student and run the teacher beside it."""
-
-    def observe(self, images: Any, targets: Any) -> Step:
-        """Run both detectors in eval mode on a batch; targets are the ground truth."""
-
-
-Framework = tuple[Callable[[nn.Module], bool], Callable[[nn.Module, nn.Module, str], Pair]]
-_frameworks: list[Framework] = []
-
-
-def register_framework(
-    recognises: Callable[[nn.Module], bool],
-    pair: Callable[[nn.Module, nn.Module, str], Pair],
-) -> None:
-    """Let the :class:`Distiller` read detectors of another framework.
-
-    Args:
-        recognises: Whether a bare detector belongs to it; must not import the framework.
-        pair: ``(student, teacher, boxes) -> Pair``.
-    """
-    _frameworks.append((recognises, pair))
-
-
-class ModulePair:
-    """Any two detectors, by the modules that put out their pyramids.
-
-    Both are called with the same images, and boxes are in pixels of them.
-    """
-
-    inputs: tuple[str, ...] = ()
-    activation = "softmax"
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        student_path: str | None,
-        teacher_path: str | None,
-        example_inputs: tuple[Any, ...],
-    ) -> None:
-        self._student, self._example = student, example_inputs
-        paths = []
-        for name, model, path in (
-            ("student", student, student_path),
-            ("teacher", teacher, teacher_path),
-        ):
-            if path is None:
-                pyramids = find_pyramids(model, *example_inputs)
-                if not pyramids:
-                    raise ValueError(
-                        f"{name}_path: no module of {type(model).__name__} puts out a feature "
-                        "pyramid by itself; name one"
-                    )
-                path = pyramids[0].path
-            paths.append(path)
-        self.taps = {"features": paths[0]}
-        self._teacher_tap = FeatureTap(teacher, {"features": paths[1]})
-
-    def probe(self) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[int, int]]:
-        image = next((x for x in self._example if isinstance(x, Tensor) and x.dim() == 4), None)
-        if image is None:
-            raise ValueError(
-                "example_inputs: expected an image batch (B, C, H, W) among them, but got "
-                f"{[type(x).__name__ for x in self._example]}"
-            )
-        height, width = image.shape[-2:]
-        with FeatureTap(self._student, self.taps) as tap:
-            student = feature_maps(tap.run(*self._example)["features"])
-        teacher = feature_maps(self._teacher_tap.run(*self._example)["features"])
-        return student, teacher, (height, width)
-
-    def step(self, tapped: dict[str, Any], images: Any, targets: Any, logits: bool) -> Step:
-        with torch.no_grad():
-            teacher = feature_maps(self._teacher_tap.run(images)["features"])
-        student = feature_maps(tapped["features"])
-        return Step(student, teacher, _as_targets(targets, student[0].device))
-
-    def observe(self, images: Any, targets: Any) -> Step:
-        with FeatureTap(self._student, self.taps) as tap:
-            tapped = tap.run(images)
-        return self.step(tapped, images, targets, logits=False)
-
-
-def _as_targets(targets: Any, device: torch.device) -> Targets:
-    if isinstance(targets, Targets):
-        return targets
-    return Targets.from_list(targets, device)
 
 
 class Distiller(nn.Module):
@@ -155,15 +37,20 @@ class Distiller(nn.Module):
 
     Args:
         student: The detector in training, bare, in DDP or compiled later.
-        teacher: The trained detector.
+        teacher: The trained detector, of the same framework or another.
         loss: What to distil; its levels and channels are found in one dry pass.
         boxes: On which boxes a two-stage student learns: ``"proposals"``, its own sampled
             positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
-        student_path: Module that puts out the student's pyramid; not needed for detectors that
-            are recognised (torchvision's Faster R-CNN, RetinaNet, FCOS).
+        student_path: Module that puts out the student's pyramid; not needed for detectors of a
+            framework known here (docs/detectors.md lists them).
         teacher_path: Likewise.
-        example_inputs: For other detectors: what their forward takes in eval mode, an image batch
-            ``(B, C, H, W)`` first.
+        example_inputs: For a student of no known framework: what its forward takes in eval mode,
+            an image batch ``(B, C, H, W)`` first.
+        student_pixels: Format of the network input, where it is not known or not the usual one.
+        teacher_pixels: Likewise. The teacher sees the student's images in its own format.
+        teacher_scale: Side of the teacher's input in units of the student's: 2 shows the teacher
+            twice the resolution. Levels are paired by their stride in the student's pixels. There
+            are no soft labels unless it is 1.
 
     Example:
         >>> import torch
@@ -197,10 +84,14 @@ class Distiller(nn.Module):
         student_path: str | None = None,
         teacher_path: str | None = None,
         example_inputs: Sequence[Any] | None = None,
+        student_pixels: Pixels | None = None,
+        teacher_pixels: Pixels | None = None,
+        teacher_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if boxes not in ("proposals", "ground_truth"):
-            raise ValueError(f"boxes: expected 'proposals' or 'ground_truth', but got {boxes!r}")
+        _check.one_of("boxes", boxes, ("proposals", "ground_truth"))
+        _check.positive("teacher_scale", teacher_scale)
+        self._boxes, self._scale = boxes, teacher_scale
         # In a tuple, so that neither becomes a submodule of this one.
         self._models = (unwrap(student), unwrap(teacher))
         where = [next((p.device for p in m.parameters()), None) for m in self._models]
@@ -208,52 +99,39 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"teacher: expected the student's device {where[0]}, but got {where[1]}"
             )
-        self._pair = self._make_pair(boxes, student_path, teacher_path, example_inputs)
+        self._student = _reader("student", self._models[0], student_path, example_inputs)
+        if student_pixels is not None:
+            self._student.pixels = student_pixels
         with torch.no_grad(), evaluating(*self._models):
-            student_maps, teacher_maps, size = self._pair.probe()
-        strides = [
-            [infer_stride(size, x.shape[-2:]) for x in maps]
-            for maps in (student_maps, teacher_maps)
-        ]
-        pairs = pair_levels(*strides)
+            seen = self._student.look(self._student.example())
+            images = (seen.view.images,)
+            self._teacher = _reader("teacher", self._models[1], teacher_path, images)
+            if teacher_pixels is not None:
+                self._teacher.pixels = teacher_pixels
+            looked = self._look(seen.view)
+        self._strides = (
+            _strides(seen),
+            [stride / teacher_scale for stride in _strides(looked)],
+        )
+        pairs = pair_levels(*self._strides)
         self._levels = [i for i, _ in pairs], [j for _, j in pairs]
         loss.build(
-            [student_maps[i].shape[1] for i in self._levels[0]],
-            [teacher_maps[j].shape[1] for j in self._levels[1]],
-            [strides[0][i] for i in self._levels[0]],
-            activation=self._pair.activation,
+            [seen.maps[i].shape[1] for i in self._levels[0]],
+            [looked.maps[j].shape[1] for j in self._levels[1]],
+            [self._strides[0][i] for i in self._levels[0]],
+            activation=self._student.activation,
         )
         self.loss = loss.to(where[0])
-        self._tap = FeatureTap(student, self._pair.taps, inputs=self._pair.inputs)
+        self._tap = FeatureTap(student, self._student.taps, inputs=self._student.inputs)
         self._adapter_versions = {n: p._version for n, p in loss.named_parameters()}
         self._calls = 0
 
-    def _make_pair(
-        self,
-        boxes: str,
-        student_path: str | None,
-        teacher_path: str | None,
-        example_inputs: Sequence[Any] | None,
-    ) -> Pair:
-        student, teacher = self._models
-        if student_path is None and teacher_path is None and example_inputs is None:
-            for recognises, pair in _frameworks:
-                if recognises(student) and recognises(teacher):
-                    return pair(student, teacher, boxes)
-            raise ValueError(
-                f"student, teacher: {type(student).__name__} and {type(teacher).__name__} are not "
-                "both detectors of a framework known here; pass student_path, teacher_path (the "
-                "modules that put out the feature maps) and example_inputs"
-            )
-        if example_inputs is None:
-            raise ValueError("example_inputs: expected with student_path or teacher_path")
-        return ModulePair(student, teacher, student_path, teacher_path, tuple(example_inputs))
-
-    def forward(self, images: Any, targets: Any) -> dict[str, Tensor]:
-        """The terms of this step, after ``student(images, targets)`` ran in training mode.
+    def forward(self, images: Any, targets: Any = None) -> dict[str, Tensor]:
+        """The terms of this step, after the student's own forward ran in training mode.
 
         Args:
-            images: What the student was called with.
+            images: What the student was called with: images, or the whole batch where a framework
+                puts images and targets in one (Detectron2, transformers, Ultralytics).
             targets: Likewise; for detectors that are not recognised a
                 :class:`global_kd.Targets` or a list of dictionaries with ``boxes`` and ``labels``,
                 in pixels of the images.
@@ -268,36 +146,73 @@ class Distiller(nn.Module):
         if not self.loss.active:
             return {}
         self._models[1].eval()
-        tapped = self._tap.read()
-        step = self._pair.step(tapped, images, targets, self.loss.rdm.logits > 0)
+        seen = self._student.read(self._tap.read(), images, targets, self.shares_logits)
+        with torch.no_grad():
+            looked = self._look(seen.look.view)
         if self._calls == 0:
-            self._check_values(step)
-        terms = self._pass_on(step)
+            self._check_values(seen)
+        terms = self._pass_on(self.loss, seen, looked)
         self._watch_adapters()
         return terms
 
-    def _pass_on(self, step: Step) -> dict[str, Tensor]:
-        student, teacher = self._paired(step)
-        return self.loss(  # type: ignore[no-any-return]
-            student,
-            teacher,
-            step.targets,
-            student_logits=step.student_logits,
-            teacher_logits=step.teacher_logits,
-            logit_box=step.logit_box,
-            instances=step.instances,
+    @property
+    def shares_logits(self) -> bool:
+        """Whether there are soft labels: a weight, heads of one kind, images of one scale.
+
+        Raises:
+            ValueError: Heads of one kind with unlike numbers of classes.
+        """
+        student, teacher = self._student, self._teacher
+        if self.loss.rdm.logits == 0 or self._scale != 1 or student.kind is None:
+            return False
+        if student.kind != teacher.kind:
+            return False
+        mine, theirs = student.num_logits, teacher.num_logits
+        if mine is not None and theirs is not None and mine != theirs:
+            raise ValueError(
+                f"teacher: expected {mine} class logits like the student's, but got {theirs}; soft "
+                "labels need the same classes, or switch them off with logits=0"
+            )
+        return True
+
+    def _look(self, view: View) -> Look:
+        """The teacher's maps of what the student saw."""
+        view = translate(view, self._student.pixels, self._teacher, scale=self._scale)
+        return self._teacher.look(view)
+
+    def _pass_on(self, loss: GlobalKnowledgeLoss, seen: Seen, looked: Look) -> dict[str, Tensor]:
+        positives, targets, instances = seen.positives, seen.truth, None
+        soft: dict[str, Tensor | None] = {}
+        if positives is not None:
+            box = positives.box
+            if self._boxes == "proposals" and positives.proposals is not None:
+                targets, instances = positives.proposals, seen.truth
+                box = torch.arange(len(targets), device=box.device)
+            if positives.logits is not None and self.shares_logits:
+                with torch.no_grad():
+                    theirs, rows = self._teacher.soft_labels(looked, positives)
+                mine = positives.logits
+                if rows is not None:
+                    mine, box = mine[rows], box[rows]
+                soft = {"student_logits": mine, "teacher_logits": theirs, "logit_box": box}
+        return loss(  # type: ignore[no-any-return]
+            *self._paired(seen.look, looked), targets, instances=instances, **soft
         )
 
-    def _paired(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        students, teachers = self._levels
-        return [step.student[i] for i in students], [step.teacher[j] for j in teachers]
+    def _paired(self, seen: Look, looked: Look) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [
+            align_levels(seen.maps[i], looked.maps[j], self._strides[0][i], self._strides[1][j])
+            for i, j in zip(*self._levels, strict=True)
+        ]
+        return [s for s, _ in pairs], [t for _, t in pairs]
 
-    def _check_values(self, step: Step) -> None:
+    def _check_values(self, seen: Seen) -> None:
         """Once, on any device: later steps on an accelerator only look at shapes."""
-        for targets in (step.targets, step.instances):
+        proposals = seen.positives.proposals if seen.positives is not None else None
+        for targets in (seen.truth, proposals):
             if targets is not None:
                 targets.validate(
-                    num_classes=self.loss.generator.num_classes, num_images=len(step.student[0])
+                    num_classes=self.loss.generator.num_classes, num_images=len(seen.look.maps[0])
                 )
 
     def _watch_adapters(self) -> None:
@@ -314,38 +229,113 @@ class Distiller(nn.Module):
                 stacklevel=3,
             )
 
+    def check(
+        self,
+        images: Any,
+        targets: Any = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        detection_loss: Callable[[nn.Module], Tensor] | None = None,
+        verbose: bool = True,
+    ) -> Report:
+        """The doctor before the first epoch: one step on a batch, looked at from all sides.
+
+        Levels and adapters, the size and the gradient of each term beside the detection loss, what
+        the optimizer holds, whether the teacher detects anything and whether the boxes lie where it
+        finds them; every problem with the sentence that mends it. Nothing is changed: parameters,
+        gradients, buffers, modes, random state and the loss's own state stay as they are.
+
+        Args:
+            images: A training batch, as for :meth:`forward`.
+            targets: Likewise.
+            optimizer: The one that will train; without it that part is left out.
+            detection_loss: For detectors of no known framework: ``model -> scalar``, the detector's
+                own training loss on this batch. Called with the student, and with the teacher.
+            verbose: Print the report.
+
+        Example:
+            >>> kd.check(images, targets, optimizer=optimizer)  # doctest: +SKIP
+        """
+        report = examine(
+            self._models,
+            (self._student, self._teacher),
+            self.loss,
+            self._tap,
+            self._look,
+            self._pass_on,
+            self._levels,
+            images,
+            targets,
+            soft=self.shares_logits,
+            scale=self._scale,
+            optimizer=optimizer,
+            detection_loss=detection_loss,
+        )
+        if verbose:
+            print(report)
+        return report
+
     @torch.no_grad()
-    def weigh(self, images: Any, targets: Any) -> tuple[Targets, Tensor]:
+    def weigh(self, images: Any, targets: Any = None) -> tuple[Targets, Tensor]:
         """Robust weights of the ground-truth boxes of a batch, in eval mode, without side effects.
 
         Returns:
             The boxes in pixels of the network input, and omega ``(L, R)`` for them.
         """
         with evaluating(*self._models):
-            step = self._pair.observe(images, targets)
-        return step.targets, self.loss.weigh(*self._paired(step), step.targets)
+            seen = self._student.observe(images, targets)
+            pair = self._paired(seen.look, self._look(seen.look.view))
+        return seen.truth, self.loss.weigh(*pair, seen.truth)
 
     @torch.no_grad()
-    def refresh(self, loader: Iterable[tuple[Any, Any]], *, progress: bool = True) -> None:
-        """New prototypes from one pass over ``(images, targets)`` batches: the paper's protocol.
+    def refresh(self, loader: Iterable[Any], *, progress: bool = True) -> None:
+        """New prototypes from one pass over the batches of a loader: the paper's protocol.
+
+        A batch is a pair of images and targets, or whatever else the student is called with.
 
         Every image is read once, by both detectors in eval mode. Rows collected from the training
         stream so far are dropped.
         """
         self.loss.generator.reset()
         with evaluating(*self._models):
-            for images, targets in _with_progress(loader) if progress else loader:
-                step = self._pair.observe(images, targets)
-                self.loss.generator.add_features(
-                    *self._paired(step), step.targets, self.loss.rdm.strides
-                )
+            for batch in _with_progress(loader) if progress else loader:
+                seen = self._student.observe(*_arguments(batch))
+                pair = self._paired(seen.look, self._look(seen.look.view))
+                self.loss.generator.add_features(*pair, seen.truth, self.loss.rdm.strides)
         self.loss.refresh()
 
     def detach(self) -> None:
         """Take all hooks off both detectors; nothing else was changed."""
         self._tap.remove()
-        if isinstance(self._pair, ModulePair):
-            self._pair._teacher_tap.remove()
+        self._student.detach()
+        self._teacher.detach()
+
+
+def _reader(
+    name: str, model: nn.Module, path: str | None, example_inputs: Sequence[Any] | None
+) -> Detector:
+    if path is None and (detector := detector_of(model)) is not None:
+        return detector
+    if example_inputs is None:
+        raise ValueError(
+            f"{name}: {type(model).__name__} is not a detector of a framework known here; pass "
+            "example_inputs (what its forward takes, an image batch first) and, unless "
+            f"find_pyramids finds the module that puts out its feature maps, {name}_path"
+        )
+    return ModuleDetector(model, path, example_inputs, argument=f"{name}_path")
+
+
+def _strides(look: Look) -> list[float]:
+    sizes = [(x.shape[2], x.shape[3]) for x in look.maps]
+    return list(infer_strides(look.view.size, sizes))
+
+
+def _arguments(batch: Any) -> tuple[Any, Any]:
+    """Images and targets of a loader's batch; ``None`` for the latter where it is all in one."""
+    if isinstance(batch, (list, tuple)) and not all(isinstance(x, Mapping) for x in batch):
+        images, targets = batch
+        return images, targets
+    return batch, None
 
 
 def _with_progress(loader: Iterable[Any]) -> Iterable[Any]:

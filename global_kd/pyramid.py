@@ -1,9 +1,11 @@
 """Feature pyramids of two detectors: strides, pairing, channel adapters."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import _check
 
@@ -13,23 +15,66 @@ ADAPTERS = ("conv3x3", "conv1x1", "identity")
 def pair_levels(
     student_strides: Sequence[float], teacher_strides: Sequence[float]
 ) -> list[tuple[int, int]]:
-    """Indices ``(student, teacher)`` of the levels of equal stride, finest first.
+    """Indices ``(student, teacher)`` of the levels that belong together, finest first.
 
-    Of several levels of one stride (torchvision's MobileNet pyramids) the last one, the deepest,
-    is taken.
+    Levels of equal stride do. A student level without an equal takes the unpaired teacher level of
+    the nearest stride, if the two are less than a factor of sqrt(2) apart (a ViT of stride 14
+    beside 16). Of several levels of one stride (torchvision's MobileNet pyramids) the last one, the
+    deepest, is taken.
 
     Raises:
         ValueError: No level has a partner.
     """
     student = {stride: i for i, stride in enumerate(student_strides)}
     teacher = {stride: j for j, stride in enumerate(teacher_strides)}
-    paired = sorted(student.keys() & teacher.keys())
+    paired = {stride: stride for stride in student.keys() & teacher.keys()}
+    near = sorted(
+        (abs(math.log2(s / t)), s, t)
+        for s in student.keys() - paired.keys()
+        for t in teacher.keys() - paired.keys()
+    )
+    for octaves, s, t in near:
+        if octaves < 0.5 and s not in paired and t not in paired.values():
+            paired[s] = t
     if not paired:
         raise ValueError(
-            f"levels: expected student and teacher levels of equal stride, but got student "
-            f"strides {list(student_strides)} and teacher strides {list(teacher_strides)}"
+            f"levels: expected student and teacher levels of about equal stride, but got student "
+            f"strides {list(student_strides)} and teacher strides {list(teacher_strides)}; "
+            "teacher_scale changes the teacher's"
         )
-    return [(student[stride], teacher[stride]) for stride in paired]
+    return [(student[s], teacher[paired[s]]) for s in sorted(paired)]
+
+
+def align_levels(
+    student: Tensor, teacher: Tensor, student_stride: float, teacher_stride: float
+) -> tuple[Tensor, Tensor]:
+    """Maps ``(B, C, H, W)`` of one level on one grid: cell for cell the same part of the image.
+
+    Cells are counted from the top left in both networks. Where strides are equal and one grid is a
+    cell or more larger (rounding, padding to another multiple), both are cut to the smaller one:
+    nothing is interpolated. Where strides differ, the teacher's map is sampled bilinearly at the
+    centres of the student's cells.
+    """
+    if student_stride == teacher_stride:
+        height = min(student.shape[2], teacher.shape[2])
+        width = min(student.shape[3], teacher.shape[3])
+        return student[:, :, :height, :width], teacher[:, :, :height, :width]
+    ratio = student_stride / teacher_stride
+
+    def centres(cells: int, theirs: int) -> Tensor:
+        at = torch.arange(cells, device=teacher.device, dtype=torch.float32) + 0.5
+        return at * (2 * ratio / theirs) - 1  # grid_sample: the whole map is [-1, 1]
+
+    y = centres(student.shape[2], teacher.shape[2])
+    x = centres(student.shape[3], teacher.shape[3])
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    sampled = functional.grid_sample(
+        teacher.float(),
+        grid.expand(len(teacher), -1, -1, -1),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return student, sampled.to(teacher.dtype)
 
 
 def build_adapters(

@@ -62,11 +62,16 @@ RANK = {
     "robust": 5,
     "losses": 6,
     "functional": 7,  # re-exports the pure core
-    "distiller": 8,
-    "integrations": 9,
+    "detector": 8,
+    "doctor": 9,
+    "distiller": 10,
+    "integrations": 11,
 }
 ALONE = {"hooks", "schedules"}  # import no other room
-USERS = {"hooks": {"distiller", "integrations"}, "schedules": {"losses", "distiller"}}
+USERS = {
+    "hooks": {"detector", "doctor", "distiller", "integrations"},
+    "schedules": {"losses", "distiller"},
+}
 # The third parties of every room. Inside a function only: frameworks in integrations, comforts
 # anywhere.
 THIRD_PARTIES = {"torch", "numpy"}
@@ -210,6 +215,7 @@ PUBLIC = [
     "Distiller",
     "FeatureTap",
     "GlobalKnowledgeLoss",
+    "Pixels",
     "PrototypeBank",
     "PrototypeGenerator",
     "Pyramid",

@@ -14,6 +14,13 @@ def test_levels_pair_by_stride_not_by_index():
     assert pair_levels([16, 8], [8, 16]) == [(1, 0), (0, 1)]  # finest first
     # torchvision's MobileNet has stride 32 twice: the deeper one counts
     assert pair_levels([32, 32, 64], [4, 8, 16, 32, 64]) == [(1, 3), (2, 4)]
+    # about equal: within half an octave, the nearest first, each level once
+    assert pair_levels([8, 16, 32], [14]) == [(1, 0)]
+    assert pair_levels([16, 32], [14, 18]) == [(0, 1)]
+    assert pair_levels([4, 8, 16], [16 / 3, 32 / 3]) == [(0, 0), (1, 1)]
+    assert pair_levels([8, 16], [8, 14]) == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match=r"student strides \[8\] and teacher strides \[16\]"):
+        pair_levels([8], [16])
     with pytest.raises(ValueError, match=r"student strides \[4\] and teacher strides \[8\]"):
         pair_levels([4], [8])
 

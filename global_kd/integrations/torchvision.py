@@ -1,222 +1,276 @@
-"""torchvision's Faster R-CNN (Mask R-CNN), RetinaNet and FCOS, on any backbone with FPN.
+"""torchvision's Faster R-CNN (Mask R-CNN, Keypoint R-CNN), RetinaNet, FCOS and SSD.
 
-torchvision resizes and pads images *inside* the model. Everything here is in pixels of what comes
-out of the student's ``transform``, which is what both networks see.
+torchvision resizes and pads images *inside* the model. Boxes here are in pixels of what comes out
+of the student's ``transform``. Labels are torchvision's: 0 is the background in two-stage
+detectors and SSD, so ``num_classes`` of the loss counts it.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distiller import Step
-from ..hooks import feature_maps
+from ..detector import Detections, Look, Pixels, Positives, Seen, View
+from ..hooks import evaluating, feature_maps
 from ..targets import Targets
 
-_PROBE_SIZE = 256  # two cells of a stride-128 level
+_EXAMPLE_SIZE = 256  # two cells of a stride-128 level
+
+_KINDS = {
+    "FasterRCNN": "two-stage",
+    "RetinaNet": "retinanet",
+    "FCOS": "fcos",
+    "SSD": "ssd",
+}
 
 
-class TorchvisionPair:
-    """Two torchvision detectors; soft labels where both are of the same kind.
+class TorchvisionDetector:
+    """A torchvision detector.
 
     Args:
-        student: With ``roi_heads`` (two-stage) or ``head.classification_head`` (dense).
-        teacher: Likewise.
-        boxes: ``"proposals"`` or ``"ground_truth"``, for a two-stage student.
+        model: With ``roi_heads`` (two-stage) or ``head.classification_head`` (dense).
+
+    Raises:
+        ValueError: A detector of another family.
     """
 
-    def __init__(self, student: Any, teacher: Any, boxes: str) -> None:
-        self.student, self.teacher, self.boxes = student, teacher, boxes
-        kinds = [_kind(model) for model in (student, teacher)]
-        self.same_kind = kinds[0] == kinds[1]
-        self.two_stage = kinds[0] == "two-stage"
-        self.activation = "softmax" if self.two_stage else "sigmoid"
+    divisor = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._family = _family(model)
+        self.kind: str | None = f"torchvision {self._family}"
+        # 0 is the background, but where each class has a sigmoid of its own.
+        self.first_label = int(self._family in ("two-stage", "ssd"))
+        self.activation = "sigmoid" if self._family in ("retinanet", "fcos") else "softmax"
         self.taps = {"images": "transform", "features": "backbone"}
         self.inputs: tuple[str, ...] = ()
-        if self.two_stage:
+        if self._family == "two-stage":
             self.taps |= {"roi": "roi_heads.box_roi_pool", "logits": "roi_heads.box_predictor"}
             self.inputs = ("roi",)
         else:
             self.taps |= {"logits": "head.classification_head", "anchors": "anchor_generator"}
+        transform = model.transform
+        self.pixels: Pixels | None = Pixels(
+            tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std))
+        )
 
-    def probe(self) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[int, int]]:
-        like = next(self.student.parameters())
-        image = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE, dtype=like.dtype, device=like.device)
-        maps = [feature_maps(m.backbone(image)) for m in (self.student, self.teacher)]
-        return maps[0], maps[1], (_PROBE_SIZE, _PROBE_SIZE)
+    @property
+    def num_logits(self) -> int | None:
+        if self._family == "two-stage":
+            score = getattr(self.model.roi_heads.box_predictor, "cls_score", None)
+            return getattr(score, "out_features", None)
+        head = self.model.head.classification_head
+        return getattr(head, "num_classes", None) or getattr(head, "num_columns", None)
 
-    def step(self, tapped: dict[str, Any], images: Any, targets: Any, logits: bool) -> Step:
-        transformed, ground_truth = tapped["images"]
-        if ground_truth is None:
+    def example(self) -> View:
+        like = next(self.model.parameters())
+        width, height = self.model.transform.fixed_size or (_EXAMPLE_SIZE, _EXAMPLE_SIZE)
+        return View(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+
+    def look(self, view: View) -> Look:
+        features = self.model.backbone(view.images)
+        return Look(feature_maps(features), view, features)
+
+    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+        transformed, truth = tapped["images"]
+        if truth is None:
             raise ValueError(
                 "targets: expected the student's last forward to have had targets, in train mode"
             )
-        truth = _pack(ground_truth)
-        with torch.no_grad():
-            features = self._teacher_features(transformed)
-        student, teacher = feature_maps(tapped["features"]), feature_maps(features)
-        soft = logits and self._can_share_logits()
-        if self.two_stage:
-            positives = _Positives(self.student, tapped["roi"][1], ground_truth)
-            proposed = self.boxes == "proposals"
-            return Step(
-                student,
-                teacher,
-                positives.targets if proposed else truth,
-                truth if proposed else None,
-                tapped["logits"][0][positives.mask] if soft else None,
-                self._teacher_roi_logits(features, positives, transformed) if soft else None,
-                (positives.order if proposed else positives.box) if soft else None,
-            )
-        if not soft:
-            return Step(student, teacher, truth)
-        box = _matched_boxes(self.student, ground_truth, tapped["anchors"], student)
-        positive = box >= 0
-        return Step(
-            student,
-            teacher,
-            truth,
-            student_logits=tapped["logits"][positive],
-            teacher_logits=self._teacher_dense_logits(teacher)[positive],
-            logit_box=box[positive],
-        )
+        view = View(transformed.tensors, transformed.image_sizes)
+        look = Look(feature_maps(tapped["features"]), view)
+        positives = None
+        if self._family == "two-stage":
+            positives = self._sampled_proposals(tapped["roi"][1], tapped["logits"][0], truth)
+        elif soft:
+            positives = self._assigned_locations(tapped["anchors"], tapped["logits"], truth, look)
+        return Seen(look, _pack(truth), positives)
 
-    def observe(self, images: Any, targets: Any) -> Step:
-        transformed, ground_truth = self.student.transform(list(images), list(targets))
-        return Step(
-            feature_maps(self.student.backbone(transformed.tensors)),
-            feature_maps(self._teacher_features(transformed)),
-            _pack(ground_truth),
-        )
+    def observe(self, images: Any, targets: Any) -> Seen:
+        transformed, truth = self.model.transform(list(images), list(targets))
+        return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))
 
-    def _teacher_features(self, images: Any) -> Any:
-        features = self.teacher.backbone(self._as_teacher_sees(images))
-        return {"0": features} if isinstance(features, Tensor) else features
+    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
+        if self._family == "two-stage":
+            heads, features = self.model.roi_heads, look.raw
+            if isinstance(features, Tensor):
+                features = {"0": features}
+            sizes = [tuple(map(int, s)) for s in look.view.sizes or [look.view.size]]
+            pooled = heads.box_roi_pool(features, positives.raw, sizes)
+            logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
+            return logits, None
+        mask, shapes = positives.raw
+        logits = self.model.head.classification_head(list(look.maps))
+        where, known = _same_locations(shapes, mask.shape[1], look.maps, logits.shape[1])
+        image, location = mask.nonzero(as_tuple=True)
+        rows = known[location].nonzero()[:, 0]
+        return logits[image[rows], where[location[rows]]], rows
 
-    def _as_teacher_sees(self, images: Any) -> Tensor:
-        """The student's images in the teacher's normalisation, padding left at zero."""
-        s, t = self.student.transform, self.teacher.transform
-        x: Tensor = images.tensors
-        if list(s.image_mean) == list(t.image_mean) and list(s.image_std) == list(t.image_std):
-            return x
+    def losses(self, images: Any, targets: Any) -> Tensor | None:
+        terms: dict[str, Tensor] = self.model(list(images), list(targets))
+        return torch.stack([x.float() for x in terms.values()]).sum()
 
-        def column(values: Sequence[float]) -> Tensor:
-            return x.new_tensor(values)[:, None, None]
+    def detections(self, view: View) -> list[Detections] | None:
+        with torch.no_grad(), evaluating(self.model):
+            stand_in = _InNetworkPixels(self.model, view)
+            found = type(self.model).forward(stand_in, list(view.images))
+        return [Detections(x["boxes"], x["scores"], x["labels"]) for x in found]
 
-        scaled = x * column(s.image_std) + column(s.image_mean) - column(t.image_mean)
-        sizes = torch.tensor(images.image_sizes, device=x.device)
-        inside_y = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
-        inside_x = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
-        return scaled / column(t.image_std) * (inside_y[:, None, :, None] & inside_x[:, None, None])
-
-    def _can_share_logits(self) -> bool:
-        if not self.same_kind:
-            return False
-        mine, theirs = (_num_classes(m) for m in (self.student, self.teacher))
-        if mine is not None and theirs is not None and mine != theirs:
-            raise ValueError(
-                f"teacher: expected {mine} class logits like the student's, but got {theirs}; soft "
-                "labels need the same classes, or switch them off with logits=0"
-            )
-        return True
+    def detach(self) -> None:
+        pass
 
     @torch.no_grad()
-    def _teacher_roi_logits(self, features: Any, positives: "_Positives", images: Any) -> Tensor:
-        heads = self.teacher.roi_heads
-        pooled = heads.box_roi_pool(features, positives.per_image, images.image_sizes)
-        logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
-        return logits
+    def _sampled_proposals(
+        self, proposals: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]]
+    ) -> Positives:
+        """The student's sampled positive proposals, with the labels of their ground truth."""
+        matched, labels = self.model.roi_heads.assign_targets_to_proposals(
+            proposals, [t["boxes"] for t in truth], [t["labels"] for t in truth]
+        )
+        positive = [x > 0 for x in labels]
+        per_image = [p[m] for p, m in zip(proposals, positive, strict=True)]
+        mask = torch.cat(positive)
+        image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
+        box = torch.cat([m + f for m, f in zip(matched, _firsts(truth), strict=True)])
+        with torch.enable_grad():
+            rows = logits[mask]
+        targets = Targets(torch.cat(per_image).float(), torch.cat(labels)[mask], image[mask])
+        return Positives(rows, box[mask], targets, per_image)
 
-    @torch.no_grad()
-    def _teacher_dense_logits(self, features: list[Tensor]) -> Tensor:
-        logits: Tensor = self.teacher.head.classification_head(features)
-        return logits
-
-
-class _Positives:
-    """The student's sampled positive proposals, with the labels of their ground truth.
-
-    Attributes:
-        mask: bool over all sampled proposals of the batch, in the order of the head's rows.
-        per_image: Positive boxes of each image.
-        targets: The same, packed.
-        order: ``0 .. N - 1``, each positive's index in ``targets``.
-        box: Index of each positive's ground-truth box in the packed ground truth.
-    """
-
-    def __init__(self, student: Any, proposals: list[Tensor], truth: list[dict[str, Any]]) -> None:
-        with torch.no_grad():
-            matched, labels = student.roi_heads.assign_targets_to_proposals(
-                proposals, [t["boxes"] for t in truth], [t["labels"] for t in truth]
-            )
-            positive = [x > 0 for x in labels]
-            counts = [len(t["boxes"]) for t in truth]
-            first = [sum(counts[:i]) for i in range(len(counts))]
-            self.mask = torch.cat(positive)
-            self.per_image = [p[m] for p, m in zip(proposals, positive, strict=True)]
-            image = [torch.full_like(x, i) for i, x in enumerate(labels)]
-            self.targets = Targets(
-                torch.cat(self.per_image).float(),
-                torch.cat(labels)[self.mask],
-                torch.cat(image)[self.mask],
-            )
-            self.order = torch.arange(len(self.targets), device=self.mask.device)
-            box = torch.cat([m + f for m, f in zip(matched, first, strict=True)])
-            self.box = box[self.mask]
+    def _assigned_locations(
+        self, anchors: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]], look: Look
+    ) -> Positives:
+        """The locations ``(B, A)`` that a dense student trains as objects."""
+        shapes = [(x.shape[2], x.shape[3]) for x in look.maps]
+        if self._family == "ssd":
+            matched = _ssd_matches(self.model, truth, anchors)
+        else:
+            matched = _matches(self.model, self._family, truth, anchors, shapes)
+        packed = [
+            torch.where(m >= 0, m + first, -1)
+            for m, first in zip(matched, _firsts(truth), strict=True)
+        ]
+        box = torch.stack(packed)
+        mask = box >= 0
+        return Positives(logits[mask], box[mask], raw=(mask, shapes))
 
 
-class _Assigner:
-    """Stands in for a dense detector while its own ``compute_loss`` assigns locations to boxes."""
+class _StandIn:
+    """Everything of a detector but what a subclass replaces."""
 
     def __init__(self, detector: nn.Module) -> None:
         self._detector = detector
-        self.head = self
-
-    def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched: list[Tensor]) -> None:
-        self.matched = matched
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._detector, name)
 
 
+class _Assigner(_StandIn):
+    """Stands in for a dense detector while its own ``compute_loss`` assigns locations to boxes."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__(detector)
+        self.head = self
+
+    def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched: list[Tensor]) -> None:
+        self.matched = matched
+
+
+class _InNetworkPixels(_StandIn):
+    """Stands in for a detector whose images are transformed already."""
+
+    def __init__(self, detector: nn.Module, view: View) -> None:
+        super().__init__(detector)
+        self.transform, self._view = self, view
+
+    def __call__(self, images: Any, targets: Any) -> Any:
+        from torchvision.models.detection.image_list import ImageList
+
+        x, sizes = self._view.images, self._view.sizes
+        sizes = [self._view.size] * len(x) if sizes is None else sizes
+        return ImageList(x, [(int(h), int(w)) for h, w in sizes]), targets
+
+    def postprocess(self, found: Any, *sizes: Any) -> Any:
+        return found
+
+
 @torch.no_grad()
-def _matched_boxes(
-    student: Any, truth: list[dict[str, Any]], anchors: list[Tensor], maps: list[Tensor]
-) -> Tensor:
-    """Packed ground-truth index of every location ``(B, A)``; negative where it has none."""
+def _matches(
+    student: Any,
+    family: str,
+    truth: list[dict[str, Tensor]],
+    anchors: list[Tensor],
+    shapes: list[tuple[int, int]],
+) -> list[Tensor]:
+    """Ground-truth index of every location of each image; negative where it has none."""
     assigner = _Assigner(student)
-    arguments = [truth, {}, anchors]
-    if _kind(student) == "fcos":
-        cells = [x.shape[2] * x.shape[3] for x in maps]
+    arguments: list[Any] = [truth, {}, anchors]
+    if family == "fcos":
+        cells = [h * w for h, w in shapes]
         per_cell = len(anchors[0]) // sum(cells)
         arguments.append([c * per_cell for c in cells])
     type(student).compute_loss(assigner, *arguments)
-    first, packed = 0, []
-    for matched, target in zip(assigner.matched, truth, strict=True):
-        packed.append(torch.where(matched >= 0, matched + first, -1))
-        first += len(target["boxes"])
-    return torch.stack(packed)
+    return assigner.matched
 
 
-def _kind(model: Any) -> str:
-    """``"two-stage"``, ``"retinanet"`` or ``"fcos"``."""
-    for c in type(model).__mro__:
-        kind = {"FasterRCNN": "two-stage", "RetinaNet": "retinanet", "FCOS": "fcos"}.get(c.__name__)
-        if kind is not None and c.__module__.startswith("torchvision"):
-            return kind
-    raise ValueError(
-        "student, teacher: expected torchvision's FasterRCNN, RetinaNet or FCOS (or a subclass), "
-        f"but got {type(model).__name__}; name its pyramid with student_path and teacher_path"
+@torch.no_grad()
+def _ssd_matches(
+    student: Any, truth: list[dict[str, Tensor]], anchors: list[Tensor]
+) -> list[Tensor]:
+    from torchvision.ops import box_iou
+
+    return [
+        student.proposal_matcher(box_iou(t["boxes"], a))
+        if len(t["boxes"])
+        else a.new_full((len(a),), -1, dtype=torch.int64)
+        for t, a in zip(truth, anchors, strict=True)
+    ]
+
+
+def _same_locations(
+    shapes: list[tuple[int, int]], count: int, maps: Any, teacher_count: int
+) -> tuple[Tensor, Tensor]:
+    """For each of a student's locations the teacher's index, and whether there is one.
+
+    Levels belong together where their grids are equal; detectors that put unlike numbers of
+    anchors on a cell share no location.
+    """
+    device = maps[0].device
+    theirs = [(x.shape[2], x.shape[3]) for x in maps]
+    per_cell = count / sum(h * w for h, w in shapes)
+    if per_cell.is_integer() and per_cell == teacher_count / sum(h * w for h, w in theirs):
+        lengths = [int(h * w * per_cell) for h, w in theirs]
+        firsts = {shape: sum(lengths[:j]) for j, shape in enumerate(theirs)}
+        where = [
+            torch.arange(int(h * w * per_cell), device=device) + firsts.get((h, w), -count - 1)
+            for h, w in shapes
+        ]
+        packed = torch.cat(where)
+        return packed.clamp(min=0), packed >= 0
+    same = shapes == theirs and count == teacher_count  # SSD: anchors differ between levels
+    locations = torch.arange(count, device=device)
+    return locations.clamp(max=teacher_count - 1), torch.full_like(
+        locations, same, dtype=torch.bool
     )
 
 
-def _num_classes(model: Any) -> int | None:
-    if hasattr(model, "roi_heads"):
-        score = getattr(model.roi_heads.box_predictor, "cls_score", None)
-        return getattr(score, "out_features", None)
-    return getattr(model.head.classification_head, "num_classes", None)
+def _firsts(truth: list[dict[str, Tensor]]) -> list[int]:
+    """Index of the first box of each image among all of the batch."""
+    counts = [len(t["boxes"]) for t in truth]
+    return [sum(counts[:i]) for i in range(len(counts))]
 
 
-def _pack(ground_truth: list[dict[str, Tensor]]) -> Targets:
-    return Targets.from_list([{**t, "boxes": t["boxes"].float()} for t in ground_truth])
+def _family(model: Any) -> str:
+    for c in type(model).__mro__:
+        if c.__module__.startswith("torchvision") and c.__name__ in _KINDS:
+            return _KINDS[c.__name__]
+    raise ValueError(
+        "student, teacher: expected torchvision's FasterRCNN, RetinaNet, FCOS or SSD (or a "
+        f"subclass), but got {type(model).__name__}; name its pyramid with student_path or "
+        "teacher_path"
+    )
+
+
+def _pack(truth: list[dict[str, Tensor]]) -> Targets:
+    return Targets.from_list([{**t, "boxes": t["boxes"].float()} for t in truth])

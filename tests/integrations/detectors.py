@@ -5,12 +5,13 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
 NUM_CLASSES = 4
-KINDS = ("faster_rcnn", "retinanet", "fcos")
+KINDS = ("faster_rcnn", "retinanet", "fcos", "ssd")
 
 
 class Backbone(nn.Module):
@@ -37,6 +38,10 @@ def detector(kind, channels=8, num_classes=NUM_CLASSES, **options):
     if kind == "fcos":  # its head normalises groups of 32 channels
         channels = 32 * -(-channels // 8)
     backbone = Backbone(channels)
+    if kind == "ssd":  # one fixed (width, height) for all images
+        backbone.out_channels = [channels] * 3
+        boxes = DefaultBoxGenerator([[2]] * 3, steps=[4, 8, 16], scales=[0.15, 0.3, 0.5, 0.7])
+        return SSD(backbone, boxes, (96, 64), num_classes, **options)
     options = {"min_size": 64, "max_size": 96} | options
     sizes = ((8,), (16,), (32,))
     ratios = ((1.0,),) * 3

@@ -340,11 +340,13 @@ def test_another_normalisation_of_the_teacher_is_respected():
     student = detector("retinanet")
     teacher = detector("retinanet", image_mean=[0, 0, 0], image_std=[1, 1, 1])
     kd = Distiller(student, teacher, gk())
-    images, _ = scenes()
-    batch = student.transform(images)[0]
+    images, targets = scenes()
     expected = teacher.transform(images)[0]
-    got = kd._pair._as_teacher_sees(batch)
-    torch.testing.assert_close(got, expected.tensors, atol=1e-6, rtol=1e-5)
+    got = []
+    teacher.backbone.register_forward_pre_hook(lambda module, args: got.append(args[0]))
+    student(images, targets)
+    kd(images, targets)
+    torch.testing.assert_close(got[0], expected.tensors, atol=1e-6, rtol=1e-5)
 
 
 def test_unlike_detectors_share_features_but_no_logits():
@@ -376,9 +378,9 @@ def test_what_does_not_fit_is_named():
     student(images, [dict(t, labels=t["labels"].clamp(min=3)) for t in targets])
     with pytest.raises(ValueError, match="labels: expected values below 2, but got 3"):
         kd(images, targets)
-    with pytest.raises(ValueError, match="boxes: expected 'proposals' or 'ground_truth'"):
+    with pytest.raises(ValueError, match="boxes: expected one of 'proposals', 'ground_truth'"):
         Distiller(student, student, gk(), boxes="anchors")
-    with pytest.raises(ValueError, match="not both detectors of a framework known here"):
+    with pytest.raises(ValueError, match="Conv2d is not a detector of a framework known here"):
         Distiller(nn.Conv2d(3, 3, 1), detector("fcos"), gk())
     kd = Distiller(student, detector("faster_rcnn"), gk(total_steps=None))
     student(images, targets)
