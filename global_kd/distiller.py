@@ -102,12 +102,13 @@ class Distiller(nn.Module):
         self._student = _reader("student", self._models[0], student_path, example_inputs)
         if student_pixels is not None:
             self._student.pixels = student_pixels
-        with torch.no_grad(), evaluating(*self._models):
+        with torch.no_grad(), evaluating(self._models[0]):
             seen = self._student.look(self._student.example())
-            images = (seen.view.images,)
-            self._teacher = _reader("teacher", self._models[1], teacher_path, images)
-            if teacher_pixels is not None:
-                self._teacher.pixels = teacher_pixels
+        images = (seen.view.images,)
+        self._teacher = _reader("teacher", self._models[1], teacher_path, images)
+        if teacher_pixels is not None:
+            self._teacher.pixels = teacher_pixels
+        with torch.no_grad(), evaluating(self._models[1]):
             looked = self._look(seen.view)
         self._strides = (
             _strides(seen),

@@ -6,12 +6,14 @@ import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+_WRAPPERS = ("DataParallel", "DistributedDataParallel")  # and mmengine's MM...
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod")  # DataParallel, DDP; torch.compile
 
 
@@ -19,7 +21,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The detector inside ``DataParallel``, DDP and ``torch.compile`` wrappers."""
     while True:
         inner = model._modules.get("_orig_mod")
-        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+        if inner is None and type(model).__name__.endswith(_WRAPPERS):
             inner = model._modules.get("module")
         if inner is None:
             return model
@@ -49,7 +51,10 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
 
 
 class _Hook:
-    """A hook of which a copied or pickled model takes along only an inert shell."""
+    """A hook of which a copied or pickled model takes along only an inert shell.
+
+    A pickled one is of the standard library, so that the file loads where this package is not.
+    """
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self._call = call
@@ -61,8 +66,8 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
         return _Hook()
 
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
-        return (_Hook, ())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments and does nothing
 
 
 class _Enough(Exception):

@@ -108,6 +108,10 @@ class TorchvisionDetector:
         return logits[image[rows], where[location[rows]]], rows
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
+        for needed in ("masks", "keypoints"):  # a teacher may be trained on more than its student
+            head = getattr(getattr(self.model, "roi_heads", None), f"{needed[:-1]}_head", None)
+            if head is not None and not all(needed in t for t in targets):
+                return None
         terms: dict[str, Tensor] = self.model(list(images), list(targets))
         return torch.stack([x.float() for x in terms.values()]).sum()
 
