@@ -144,11 +144,13 @@ class Detector(Protocol):
     """A detector of one framework, in either role.
 
     Attributes:
-        taps: Paths in the student to record while it trains, by name.
+        taps: Paths in the student to record while it trains, by name; the maps are ``"features"``,
+            or ``"level 0"`` and so on where each is put out by a module of its own.
         inputs: Those of the names for which inputs are recorded.
         kind: Detectors of equal kind can compare class logits row by row; ``None``: never.
         activation: Of the class logits, ``"softmax"`` or ``"sigmoid"``.
         num_logits: Class logits per row, where known.
+        num_classes: Labels lie below it, where known.
         first_label: The lowest label that is no background.
         pixels: Format of the network input; ``None``: unknown.
         divisor: The teacher's input is padded to multiples of this many pixels.
@@ -159,6 +161,7 @@ class Detector(Protocol):
     kind: str | None
     activation: str
     num_logits: int | None
+    num_classes: int | None
     first_label: int
     pixels: Pixels | None
     divisor: int
@@ -234,6 +237,7 @@ class ModuleDetector:
     kind: str | None = None
     activation = "softmax"
     num_logits: int | None = None
+    num_classes: int | None = None
     first_label = 0
     divisor = 1
 

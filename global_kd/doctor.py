@@ -33,6 +33,8 @@ class Level:
         stride: Pixels of the student's network input per cell.
         student: Shape ``(B, C, H, W)`` of the student's map.
         teacher: Of the teacher's, as it comes.
+        student_path: The student's module that it is read from.
+        teacher_path: Likewise.
         adapter: Its kind and its number of parameters.
         boxes: How many boxes of the batch are imitated here.
     """
@@ -40,6 +42,8 @@ class Level:
     stride: float
     student: tuple[int, ...]
     teacher: tuple[int, ...]
+    student_path: str
+    teacher_path: str
     adapter: str
     boxes: int
 
@@ -83,10 +87,11 @@ class Report:
         return not self.problems
 
     def __str__(self) -> str:
-        shown = [["stride", "student", "teacher", "adapter", "boxes"]]
+        shown = [["stride", "student", "", "teacher", "", "adapter", "boxes"]]
         for x in self.levels:
-            shapes = ["x".join(map(str, shape)) for shape in (x.student, x.teacher)]
-            shown.append([f"{x.stride:g}", *shapes, x.adapter, str(x.boxes)])
+            mine, theirs = ("x".join(map(str, shape)) for shape in (x.student, x.teacher))
+            sides = [x.student_path, mine, x.teacher_path, theirs]
+            shown.append([f"{x.stride:g}", *sides, x.adapter, str(x.boxes)])
         parts = [_table(shown)]
         shown = [["term", "value", "of detection", "gradient"]]
         for name, t in self.terms.items():
@@ -162,7 +167,7 @@ def examine(
         with torch.no_grad():
             found = detectors[1].detections(looked.view)
     truth = seen.truth
-    rows = _levels(loss, seen, looked, levels)
+    rows = _levels(loss, detectors, seen, looked, levels)
     problems += _terms_problems(terms, values)
     problems += _optimizer_problems(models, loss, optimizer)
     _teacher(facts, problems, looked, again, found, own, theirs)
@@ -240,6 +245,7 @@ def _terms(
 
 def _levels(
     loss: GlobalKnowledgeLoss,
+    detectors: tuple[Detector, Detector],
     seen: Seen,
     looked: Look,
     levels: tuple[Sequence[int], Sequence[int]],
@@ -252,8 +258,14 @@ def _levels(
         size = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
         kind = "none" if adapter is None else f"{loss.adapter} ({size:,} parameters)"
         shapes = tuple(seen.look.maps[i].shape), tuple(looked.maps[j].shape)
-        rows.append(Level(loss.rdm.strides[n], *shapes, kind, int((assigned == n).sum())))
+        paths = (_path(detectors[0], i), _path(detectors[1], j))
+        rows.append(Level(loss.rdm.strides[n], *shapes, *paths, kind, int((assigned == n).sum())))
     return rows
+
+
+def _path(detector: Detector, level: int) -> str:
+    """All maps are tapped at one module, or each at its own."""
+    return detector.taps.get("features") or detector.taps[f"level {level}"]
 
 
 def _terms_problems(terms: dict[str, Term], values: dict[str, Tensor]) -> Iterable[str]:
@@ -364,13 +376,10 @@ def _boxes_problems(
     boxes, labels = truth.boxes.float(), truth.labels
     height, width = seen.look.view.size
     classes = loss.generator.num_classes
-    if detector.num_logits is not None and classes not in (
-        detector.num_logits,
-        detector.num_logits - 1,
-    ):
+    if detector.num_classes not in (None, classes):
         yield (
-            f"the student's head has {detector.num_logits} class logits, but the loss was made for "
-            f"num_classes={classes}; pass num_classes={detector.num_logits}"
+            f"the student was made for {detector.num_classes} classes, but the loss for "
+            f"{classes}; pass num_classes={detector.num_classes}"
         )
     first = detector.first_label
     if labels.min() < first:

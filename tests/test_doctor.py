@@ -56,6 +56,7 @@ def test_the_report_on_torchvision_detectors(kind, capsys):
     assert capsys.readouterr().out.strip() == str(report).strip()
     assert [x.stride for x in report.levels] == [4, 8, 16]
     assert sum(x.boxes for x in report.levels) == 4
+    assert {(x.student_path, x.teacher_path) for x in report.levels} == {("backbone", "backbone")}
     assert report.levels[0].student[1] == next(student.parameters()).shape[0]
     assert set(report.terms) == {
         *("kd_foreground", "kd_background", "kd_relation", "kd_logits"),
@@ -230,7 +231,7 @@ def test_background_label_and_wrong_number_of_classes():
     assert "label 0 is the background in this framework: classes start at 1" in found
     kd = Distiller(student, teacher, GlobalKnowledgeLoss(80, total_steps=9))
     found = " ".join(kd.check(*scenes(), verbose=False).problems)
-    assert "4 class logits, but the loss was made for num_classes=80" in found
+    assert "made for 4 classes, but the loss for 80; pass num_classes=4" in found
 
 
 def test_a_batch_without_boxes():

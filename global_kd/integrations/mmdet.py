@@ -42,6 +42,7 @@ class MMDetDetector:
     inputs: tuple[str, ...] = ()
     kind: str | None = None
     num_logits: int | None = None
+    num_classes: int | None = None
 
     def __init__(self, model: Any) -> None:
         if not isinstance(getattr(model, "backbone", None), nn.Module):

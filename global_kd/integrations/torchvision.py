@@ -63,6 +63,10 @@ class TorchvisionDetector:
         head = self.model.head.classification_head
         return getattr(head, "num_classes", None) or getattr(head, "num_columns", None)
 
+    @property
+    def num_classes(self) -> int | None:
+        return self.num_logits  # torchvision counts the background
+
     def example(self) -> View:
         like = next(self.model.parameters())
         width, height = self.model.transform.fixed_size or (_EXAMPLE_SIZE, _EXAMPLE_SIZE)

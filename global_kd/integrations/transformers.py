@@ -74,14 +74,14 @@ class TransformersDetector:
     """
 
     kind: str | None = None
+    num_logits: int | None = None
     first_label = 0
     inputs: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model, self._family = model, _family(model)
         self.activation = self._family.activation
-        # With softmax, the last one is "no object".
-        self.num_logits: int | None = model.config.num_labels + (self.activation == "softmax")
+        self.num_classes: int | None = model.config.num_labels
         self.pixels: Pixels | None = self._family.pixels
         self.taps = {"features": self._family.features}
         if (path := self._family.shapes) is not None:

@@ -66,6 +66,10 @@ class UltralyticsDetector:
     def num_logits(self) -> int | None:
         return int(self._head.nc)
 
+    @property
+    def num_classes(self) -> int | None:
+        return self.num_logits
+
     def example(self) -> View:
         like = next(self.model.parameters())
         size = (1, 3, _EXAMPLE_SIZE, _EXAMPLE_SIZE)

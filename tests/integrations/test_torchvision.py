@@ -12,6 +12,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.ops import box_iou
 
 from global_kd import Distiller, GlobalKnowledgeLoss
+from global_kd.detector import View, detector_of
 from global_kd.functional import logit_loss, pool_boxes
 
 from .detectors import KINDS, NUM_CLASSES, detector, scenes
@@ -112,6 +113,77 @@ def test_boxes_are_read_in_pixels_of_the_network_input(kind):
     rest = seen[0, 0].clone()
     rest[3:13, 7:21] = 0  # the square and its blur
     assert rest.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_are_the_models_own_in_pixels_of_the_view(kind):
+    torch.manual_seed(0)
+    model = detector(kind, score_thresh=0.0) if kind != "faster_rcnn" else detector(kind)
+    if kind == "faster_rcnn":
+        model.roi_heads.score_thresh = 0.0
+    reader = detector_of(model)
+    images = [torch.rand(3, 32, 48), torch.rand(3, 32, 32)]  # both are resized inside
+    model.eval()
+    transformed = model.transform(images)[0]
+    found = reader.detections(View(transformed.tensors, transformed.image_sizes))
+    expected = model(images)
+    sizes = transformed.image_sizes
+    for mine, theirs, image, (h, w) in zip(found, expected, images, sizes, strict=True):
+        assert len(theirs["boxes"]) > 0
+        scale = torch.tensor([w / image.shape[2], h / image.shape[1]]).repeat(2)
+        torch.testing.assert_close(mine.boxes, theirs["boxes"] * scale, rtol=1e-4, atol=1e-3)
+        assert torch.equal(mine.scores, theirs["scores"])
+        assert torch.equal(mine.labels, theirs["labels"])
+
+
+def test_a_teacher_with_masks_for_a_student_without():
+    """Mask R-CNN has no loss on targets without masks; everything else goes on."""
+    torch.manual_seed(0)
+    student, teacher = detector("faster_rcnn"), detector("faster_rcnn", 12)
+    teacher.roi_heads.mask_roi_pool = teacher.roi_heads.box_roi_pool
+    teacher.roi_heads.mask_head = nn.Conv2d(12, 12, 1)
+    teacher.roi_heads.mask_predictor = nn.Conv2d(12, NUM_CLASSES, 1)
+    kd = Distiller(student, teacher, gk())
+    images, targets = scenes()
+    student(images, targets)
+    assert "kd_logits" in kd(images, targets)
+    assert kd._teacher.losses(images, targets) is None
+    report = kd.check(images, targets, verbose=False)
+    assert not any("detection loss:" in x for x in report.facts)
+
+
+def test_soft_labels_of_dense_detectors_with_unlike_levels():
+    """Only locations on grids that both have are compared, each with its own twin."""
+    torch.manual_seed(0)
+    student, teacher = detector("retinanet"), detector("retinanet")
+    # A teacher without the finest level, and with anchors for what it has.
+    forward = teacher.backbone.forward
+    teacher.backbone.forward = lambda x: dict(list(forward(x).items())[1:])
+    seen = {}
+    kd = Distiller(student, teacher, gk())
+    assert kd.loss.rdm.strides == (8, 16)
+    kd.loss.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    images, targets = scenes()
+    recorded = {}
+    student.head.classification_head.register_forward_hook(
+        lambda m, args, out: recorded.update(student=out)
+    )
+    student(images, targets)
+    kd(images, targets)
+    with torch.no_grad():
+        batch = student.transform(images, targets)
+        theirs = teacher.head.classification_head(list(teacher.backbone(batch[0].tensors).values()))
+    finest = batch[0].tensors.shape[2] // 4 * (batch[0].tensors.shape[3] // 4)
+    mine = recorded["student"][:, finest:]
+    assert mine.shape == theirs.shape
+    rows = [
+        (mine == row).all(dim=2).nonzero()[0].tolist() for row in seen["student_logits"].detach()
+    ]
+    assert len(rows) > 0
+    for (image, location), row in zip(rows, seen["teacher_logits"], strict=True):
+        torch.testing.assert_close(row, theirs[image, location])
 
 
 def test_proposals_are_the_students_positives_with_their_labels():
