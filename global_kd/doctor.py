@@ -19,6 +19,7 @@ _SCORE = 0.3  # a detection counts from here on
 _FOUND = 0.5  # IoU at which a detection and a box are the same object
 _FEW, _MOST = 0.3, 0.6  # shares of boxes found: a reading under the first is doubted, over the
 # second believed
+_ENOUGH = 3  # boxes from which on a batch can tell one reading from another
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
 _TYRANT = 10.0  # a term above this many detection losses leaves them no say
 
@@ -93,9 +94,9 @@ class Report:
             sides = [x.student_path, mine, x.teacher_path, theirs]
             shown.append([f"{x.stride:g}", *sides, x.adapter, str(x.boxes)])
         parts = [_table(shown)]
-        shown = [["term", "value", "of detection", "gradient"]]
+        shown = [["term", "value", "/ detection", "gradient"]]
         for name, t in self.terms.items():
-            share = "-" if t.share is None else f"{t.share:.1%}"
+            share = "-" if t.share is None else f"{t.share:.2g}"
             shown.append([name, f"{t.value:.4g}", share, f"{t.gradient:.3g}"])
         parts.append(_table(shown))
         children = list(dict.fromkeys(c for t in self.terms.values() for c in t.reached))
@@ -171,6 +172,8 @@ def examine(
     problems += _terms_problems(terms, values)
     problems += _optimizer_problems(models, loss, optimizer)
     _teacher(facts, problems, looked, again, found, own, theirs)
+    if own is not None and theirs is not None and float(theirs) >= own:
+        found = None  # what a bad teacher detects says nothing of the boxes
     problems += _boxes_problems(truth, seen, loss, detectors[0], found, scale)
     unpaired = [
         f"{name} levels {[i for i in range(len(x.maps)) if i not in used]}"
@@ -400,7 +403,7 @@ def _boxes_problems(
             f"{height} pixels: these look like pixels of the original image; scale them as the "
             "image was resized"
         )
-    if found is not None:
+    if found is not None and len(truth) >= _ENOUGH:
         yield from _doubts(truth, found, scale, (height, width))
 
 
@@ -460,8 +463,11 @@ def _agreement(
     hits, overlap = 0, 0.0
     named = dict.fromkeys((-1, 0, 1), 0)
     for i, x in enumerate(found):
-        keep = x.scores >= _SCORE
         mine = truth.image_index == i
+        # Among hundreds of detections there is one for any box.
+        keep = (x.scores >= _SCORE) & (
+            torch.arange(len(x.scores), device=mine.device) < 2 * mine.sum() + 3
+        )
         if not keep.any() or not mine.any():
             continue
         iou = _iou(boxes[mine], x.boxes[keep].float() / scale)

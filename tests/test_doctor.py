@@ -245,3 +245,27 @@ def test_a_broken_tap_is_an_error_not_a_row_of_a_table():
     kd.detach()
     with pytest.raises(ValueError, match="never fired"):
         kd.check(IMAGES, TARGETS)
+
+
+def test_what_a_bad_teacher_detects_says_nothing_of_the_boxes():
+    torch.manual_seed(0)
+    student, teacher = detector("faster_rcnn", 8), detector("faster_rcnn", 12)
+    kd = Distiller(student, teacher, gk())
+    with torch.no_grad():
+        teacher.roi_heads.box_predictor.cls_score.bias[2] = 9.0  # everything is a 2
+    report = kd.check(*scenes(), verbose=False)
+    named = " ".join(report.problems)
+    assert "is not below the student's" in named
+    assert "read as" not in named and "class lists" not in named
+
+
+def test_a_hundred_detections_find_every_box():
+    """Only as many as there may be objects count, best first."""
+    _, _, kd = home_made()
+    grid = torch.cartesian_prod(*[torch.arange(0.0, 96, 12)] * 2)
+    everywhere = torch.cat([grid, grid + 40], dim=1)
+    n = len(everywhere)
+    kd._teacher.detections = lambda view: (
+        [Detections(everywhere, torch.linspace(1, 0.5, n), torch.ones(n, dtype=torch.int64))] * 2
+    )
+    assert "read as" not in " ".join(problems(kd, Targets(BOXES / 2, LABELS, IMAGE)))
