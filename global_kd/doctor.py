@@ -96,7 +96,7 @@ class Report:
         parts = [_table(shown)]
         shown = [["term", "value", "/ detection", "gradient"]]
         for name, t in self.terms.items():
-            share = "-" if t.share is None else f"{t.share:.2g}"
+            share = "-" if t.share is None else f"{t.share:.3g}"
             shown.append([name, f"{t.value:.4g}", share, f"{t.gradient:.3g}"])
         parts.append(_table(shown))
         children = list(dict.fromkeys(c for t in self.terms.values() for c in t.reached))

@@ -1,30 +1,142 @@
-"""Foreground and background squared error of two maps under per-box weights: definition."""
+"""Foreground and background squared error of two maps under per-box weights.
+
+The weights of the cells are painted once, ``(B, H, W)``; the maps are read once. The definition is
+:func:`imitation_terms` in plain torch; on the processor it runs plane by plane, in the cache.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cells import box_cells, cell_members
+from .dispatch import backend
 from .precision import accumulate
+
+_CHUNK = 1 << 16  # elements of a map that are worked on at a time: they stay in the cache
 
 
 def paint_boxes(
-    weights: Tensor, boxes: Tensor, image_index: Tensor, stride: float, size: tuple[int, int, int]
+    weights: Tensor, cells: Tensor, image_index: Tensor, size: tuple[int, int, int]
 ) -> Tensor:
-    """``(B, H, W)`` map of the largest weight (>= 0) among the boxes on each cell, 0 elsewhere."""
+    """``(B, H, W)`` map of the largest weight (>= 0) among the boxes on each cell, 0 elsewhere.
+
+    Args:
+        weights: Floating-point ``(R,)``.
+        cells: Half-open ranges, int64 ``(R, 4)``, from :func:`box_cells`.
+        image_index: int64 ``(R,)``.
+        size: ``(B, H, W)``.
+    """
+    form = backend(weights)
+    if form == "triton":
+        from ._triton.imitation import paint_boxes as twin
+
+        return twin(weights, cells, image_index, size)
+    if form == "cpu":
+        return _paint_in_turn(weights, cells, image_index, size)
     batch, height, width = size
-    rows, columns = cell_members(box_cells(boxes, stride, height, width), height, width)
+    rows, columns = cell_members(cells, height, width)
     painted = weights[:, None, None] * (rows[:, :, None] & columns[:, None, :])
     canvas = painted.new_zeros(batch, height * width)
     index = image_index[:, None].expand(-1, height * width)
     return canvas.scatter_reduce(0, index, painted.flatten(1), "amax").view(size)
 
 
-def imitation_sums(
-    student: Tensor, teacher: Tensor, weight: Tensor, member: Tensor
+def _paint_in_turn(
+    weights: Tensor, cells: Tensor, image_index: Tensor, size: tuple[int, int, int]
+) -> Tensor:
+    """From the smallest weight to the largest, so that the largest stays."""
+    canvas = weights.new_zeros(size)
+    order = weights.argsort()
+    where = torch.cat([image_index[:, None], cells], dim=1)[order].tolist()
+    for value, (i, x1, y1, x2, y2) in zip(weights[order].tolist(), where, strict=True):
+        canvas[i, y1:y2, x1:x2] = value
+    return canvas
+
+
+def imitation_terms(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    member: Tensor,
+    scale_foreground: Tensor,
+    scale_background: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``sum(weight * d^2)`` and ``sum((1 - member) * d^2)`` over cells and channels."""
+    """``scale_f * sum(weight * d^2)`` and ``scale_b * sum((1 - member) * d^2)``, d the difference.
+
+    Args:
+        student: ``(B, C, H, W)``; the only one that gets a gradient.
+        teacher: ``(B, C, H, W)``.
+        weight: ``(B, H, W)``, zero where ``member`` is.
+        member: ``(B, H, W)``, 0 or 1.
+        scale_foreground: 0-d.
+        scale_background: 0-d.
+    """
+    form = backend(student)
+    arguments = student, teacher, weight, member, scale_foreground, scale_background
+    if form == "triton":
+        from ._triton.imitation import imitation_terms as twin
+
+        return twin(*arguments)
+    if form == "cpu":
+        return _InCache.apply(*arguments)  # type: ignore[no-any-return]
     error = (accumulate(student) - accumulate(teacher)).square().sum(dim=1)
-    return (weight * error).sum(), ((1 - member) * error).sum()
+    return scale_foreground * (weight * error).sum(), scale_background * (
+        (1 - member) * error
+    ).sum()
+
+
+class _InCache(torch.autograd.Function):
+    """Both passes plane by plane: nothing of the maps' size is made but the gradient itself.
+
+    The backward reads the maps again instead of keeping the difference, or a gradient to be scaled,
+    from the forward: on a processor fresh memory costs more than a second read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, *small: Tensor) -> tuple[Tensor, ...]:
+        weight, member, scale_foreground, scale_background = small
+        ctx.save_for_backward(student, teacher, *small)
+        error = torch.zeros_like(weight)
+        for b, _, d in _planes(student, teacher, weight.dtype):
+            total = d.square_()
+            error[b] += total.sum(dim=0) if len(total) > 1 else total[0]
+        foreground = scale_foreground * (weight * error).sum()
+        return foreground, scale_background * ((1 - member) * error).sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, weight, member, scale_foreground, scale_background = ctx.saved_tensors
+        above_foreground, above_background = (2 * x for x in above)
+        factor = above_foreground * scale_foreground * weight
+        factor += above_background * scale_background * (1 - member)
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        for b, planes, d in _planes(student, teacher, weight.dtype):
+            out = gradient[b, planes]
+            if out.dtype == d.dtype:
+                torch.mul(d, factor[b], out=out)
+            else:
+                out.copy_(d.mul_(factor[b]))
+        return gradient, None, None, None, None, None
+
+
+def _planes(
+    student: Tensor, teacher: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """A few channels of one image at a time: image, channels, and the difference ``(c, H, W)``."""
+    batch, channels, height, width = student.shape
+    step = max(1, min(channels, _CHUNK // max(1, height * width)))
+    buffer = torch.empty(step, height, width, dtype=dtype)
+    same = student.dtype == teacher.dtype == dtype
+    for b in range(batch):
+        for c in range(0, channels, step):
+            planes = slice(c, min(c + step, channels))
+            s, t, d = student[b, planes], teacher[b, planes], buffer[: planes.stop - c]
+            # Halves are subtracted, and their squares summed, in float32.
+            yield b, planes, torch.sub(s, t, out=d) if same else d.copy_(s).sub_(t)
 
 
 def imitation(
@@ -44,16 +156,20 @@ def imitation(
     batch, channels, height, width = student.shape
     size = (batch, height, width)
     dtype = torch.promote_types(student.dtype, torch.float32)
+    cells = box_cells(boxes, stride, height, width)
     if present is None:
         present = torch.ones(boxes.shape[0], device=boxes.device, dtype=torch.bool)
     # Membership and weight are two maps: an instance whose weight is 0 is not background.
-    member = paint_boxes(present.to(dtype), boxes, image_index, stride, size)
+    member = paint_boxes(present.to(dtype), cells, image_index, size)
     weight = member
     if weights is not None:
         weight = torch.where(present, weights.to(dtype), 0)
-        weight = paint_boxes(weight, boxes, image_index, stride, size)
-    foreground, background = imitation_sums(student, teacher, weight, member)
+        weight = paint_boxes(weight, cells, image_index, size)
     counted = weight if normalizer == "weights" else member
-    foreground = foreground / (2 * channels * counted.sum()).clamp(min=1)
-    background = background / (2 * channels * (1 - member).sum()).clamp(min=1)
-    return foreground, background
+
+    def scale(cells: Tensor) -> Tensor:
+        return (2 * channels * cells).clamp(min=1).reciprocal()
+
+    return imitation_terms(
+        student, teacher, weight, member, scale(counted.sum()), scale((1 - member).sum())
+    )

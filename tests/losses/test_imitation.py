@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import global_kd.functional as F
+from global_kd.ops.dispatch import force
 from tests import oracles
 from tests.strategies import Scene, random, scene, scenes
 from tests.watch import Graphs, NoFloat64, NoHostSync, gradient
 
 NORMALIZERS = ("weights", "cells")
+pytestmark = pytest.mark.usefixtures("every_form")
 
 
 def imitate(s: Scene, weights="own", student=None, teacher=None, **options):
@@ -330,7 +332,7 @@ def test_mixed_precision_of_the_two_nets():
 def test_hot_path(normalizer, watch):
     s = scene(dtype=torch.float32)
     s.student.requires_grad_()
-    with watch():
+    with watch(), force("definition"):  # what an accelerator runs without Triton
         sum(imitate(s, normalizer=normalizer)).backward()
 
 

@@ -1,0 +1,125 @@
+"""Which form of an op runs, and what the processor's forms promise: little memory, same numbers."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import global_kd.functional as F
+from global_kd.ops.dispatch import backend, force
+from tests.strategies import random
+
+
+def test_the_form_follows_the_tensor_unless_forced():
+    x = torch.ones(2)
+    assert backend(x) == "cpu"
+    assert backend(x.to("meta")) == "definition"
+    with force("definition"):
+        assert backend(x) == "definition"
+        with force("triton"):
+            assert backend(x) == "triton"
+        assert backend(x) == "definition"
+    with pytest.raises(RuntimeError, match="on the way"), force("triton"):
+        raise RuntimeError("on the way")
+    assert backend(x) == "cpu"
+    with pytest.raises(ValueError, match="backend: expected one of 'definition', 'cpu', 'triton'"):
+        force("cuda").__enter__()
+
+
+@pytest.mark.parametrize("forced", [None, "cpu", "definition"])
+def test_a_compiler_gets_the_definition(forced):
+    def signed(x):
+        return x if backend(x) == "definition" else -x
+
+    torch._dynamo.reset()
+    with force(forced) if forced else nullcontext():
+        compiled = torch.compile(signed, backend="eager", fullgraph=True)
+        assert compiled(torch.ones(2)).tolist() == [1, 1]
+
+
+class Largest(TorchDispatchMode):
+    """How many tensors of at least this size new memory was taken for."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs or {}))
+            if isinstance(x, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.count += x.numel() >= self.numel
+        return out
+
+
+BOXES = torch.tensor([[0.0, 0, 100, 60], [30, 10, 220, 120], [4, 4, 8, 8]])
+IMAGE = torch.tensor([0, 1, 1])
+SHAPE = (2, 64, 64, 96)  # many planes: one of them is little beside the map
+
+
+@pytest.mark.parametrize("op", ["imitation", "pool"])
+def test_nothing_of_the_maps_size_is_made_but_the_gradient(op):
+    student, teacher = random(SHAPE, 0).float().requires_grad_(), random(SHAPE, 1).float()
+
+    def run():
+        if op == "pool":
+            return F.pool_boxes(student, BOXES, IMAGE, 4).square().sum()
+        fg, bg = F.imitation_loss(student, teacher, BOXES, IMAGE, 4, torch.rand(3))
+        return 0.3 * fg + 2 * bg
+
+    with Largest(student.numel() // 2) as forward:
+        value = run()
+    assert forward.count == 0
+    with Largest(student.numel() // 2) as backward:
+        torch.autograd.grad(value, student)
+    assert backward.count == 1
+    with force("definition"), Largest(student.numel() // 2) as slow:  # the witness can see
+        run()
+    assert slow.count > 0
+
+
+@pytest.mark.parametrize("count", [1, 40, 300])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_forms_agree_for_few_and_many_boxes(count, layout):
+    g = torch.Generator().manual_seed(0)
+    corner = torch.rand(count, 2, generator=g) * torch.tensor([380.0, 250.0])
+    boxes = torch.cat([corner, corner + torch.rand(count, 2, generator=g) * 200], dim=1)
+    image, weights = torch.arange(count) % 2, torch.rand(count, generator=g)
+    results = []
+    for form in ("cpu", "definition"):
+        student = random(SHAPE, 0).float().contiguous(memory_format=layout).requires_grad_()
+        teacher = random(SHAPE, 1).float().contiguous(memory_format=layout)
+        with force(form):
+            fg, bg = F.imitation_loss(student, teacher, boxes, image, 4, weights)
+            pooled = F.pool_boxes(student, boxes, image, 4)
+            (fg + bg + pooled.square().sum()).backward()
+        results.append((fg, bg, pooled, student.grad))
+    for mine, defined in zip(*results, strict=True):
+        torch.testing.assert_close(mine, defined, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_asked_for_twice_is_the_same():
+    student, teacher = random(SHAPE, 0).float().requires_grad_(), random(SHAPE, 1).float()
+    fg, bg = F.imitation_loss(student, teacher, BOXES, IMAGE, 4)
+    both = fg + bg
+    first, second = (torch.autograd.grad(both, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (alone,) = torch.autograd.grad(fg, student, retain_graph=True)
+    (other,) = torch.autograd.grad(bg, student)
+    torch.testing.assert_close(alone + other, first)
+
+
+def test_a_map_changed_between_forward_and_backward_is_an_error():
+    student = random(SHAPE, 0).float().requires_grad_()
+    teacher = random(SHAPE, 1).float()
+    fg, _ = F.imitation_loss(student, teacher, BOXES, IMAGE, 4)
+    teacher.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fg.backward()
