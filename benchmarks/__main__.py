@@ -1,47 +1,105 @@
-"""The command line: `python -m benchmarks NAME [--quick] [--output PATH]`."""
+"""The command line: `python -m benchmarks NAME [options]`."""
 
 import argparse
-import importlib
 import json
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from . import compare, pursuit, report, scaling, suite, training, waits
 from .environment import environment
 
-BENCHMARKS = {"pursuit": "selecting prototypes: speed against the released formulation, and scale"}
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BENCHMARKS: dict[str, tuple[str, Callable[..., dict[str, Any]], Callable[..., str]]] = {
+    "ops": ("each op against its rivals", suite.ops, suite.table),
+    "step": ("the full RDM step against the released formulation", suite.step, suite.table),
+    "scaling": ("boxes, image side, instances of the pursuit", scaling.run, scaling.table),
+    "training": ("the share of KD in a torchvision training step", training.run, training.table),
+    "waits": ("whether a step makes the host wait for the GPU", waits.run, waits.table),
+    "pursuit": ("selecting prototypes, against the released", pursuit.run, pursuit.table),
+}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure, print a table, write the numbers as JSON.",
-        epilog="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()),
     )
-    parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="fewer repetitions and smaller sizes, to see that it works; not for quoting",
+    commands = described.add_subparsers(dest="name", required=True)
+    for name, (what, _, _) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument(
+            "--quick",
+            action="store_true",
+            help="fewer repetitions and tiny sizes, to see that it works; not for quoting",
+        )
+        command.add_argument(
+            "--output",
+            type=Path,
+            help="JSON file (default: NAME_DEVICE.json in results/ beside this file, "
+            "pursuit.json for the pursuit; none with --quick)",
+        )
+        if name == "pursuit":
+            continue
+        command.add_argument(
+            "--device",
+            choices=("cpu", "cuda"),
+            default="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the maps")
+        command.add_argument(
+            "--no-compile",
+            action="store_true",
+            help="leave torch.compile out, which needs a compiler and its time",
+        )
+    reporting = commands.add_parser("report", help="results files to docs/benchmarks.md and plots")
+    reporting.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
+    reporting.add_argument("--page", type=Path, default=report.PAGE)
+    comparing = commands.add_parser(
+        "compare", help="name what got slower; exit status 1 if anything did"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"JSON file (default: {RESULTS.name}/NAME.json beside this file; none with --quick)",
-    )
-    arguments = parser.parse_args()
-    benchmark = importlib.import_module(f".{arguments.name}", __package__)
-    described = environment()  # before anything runs, so that the load average is that of others
+    comparing.add_argument("old", type=Path)
+    comparing.add_argument("new", type=Path)
+    comparing.add_argument("--threshold", type=float, default=0.1, help="growth that is tolerated")
+    return described
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(words)
+    if arguments.name == "report":
+        return report.main(arguments.results, arguments.page)
+    if arguments.name == "compare":
+        return compare.main(arguments.old, arguments.new, arguments.threshold)
+    _, run, table = BENCHMARKS[arguments.name]
+    device, file = None, arguments.name
+    if arguments.name != "pursuit":
+        device = torch.device(arguments.device)
+        dtype = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
+        file = f"{file}{dtype}_{device.type}"
+        run = partial(
+            run,
+            device=device,
+            dtype=DTYPES[arguments.dtype],
+            compiled=not arguments.no_compile,
+        )
+    # Before anything runs, so that the load average is that of others.
+    described = environment(device)
     results = {
         "benchmark": arguments.name,
         "quick": arguments.quick,
         "environment": described,
-        **benchmark.run(quick=arguments.quick),
+        **run(quick=arguments.quick),
     }
-    print(benchmark.table(results))
+    print(table(results))
     output = arguments.output
     if output is None and not arguments.quick:
-        output = RESULTS / f"{arguments.name}.json"
+        output = RESULTS / f"{file}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

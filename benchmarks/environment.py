@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import numpy
 import torch
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the versions and the commit; no names of hosts, users or folders."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """The machine, the versions and the commit; no names of hosts, users or folders.
+
+    With a device also what accelerates it.
+    """
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
@@ -28,7 +32,47 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        **({} if device is None else {"device": device.type, "gpu": gpu(device), **packages()}),
     }
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    known = torch.cuda.get_device_properties(device)
+    driver, clocks = nvidia_smi("driver_version", "clocks.max.sm,clocks.max.memory,power.limit")
+    return {
+        "name": known.name,
+        "capability": f"{known.major}.{known.minor}",
+        "memory_bytes": known.total_memory,
+        "multiprocessors": known.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        "max_clocks_and_power": clocks,
+    }
+
+
+def nvidia_smi(*questions: str) -> list[str | None]:
+    answers: list[str | None] = []
+    for question in questions:
+        words = ["nvidia-smi", f"--query-gpu={question}", "--format=csv,noheader", "--id=0"]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+            answers.append(done.stdout.strip())
+        except (OSError, subprocess.SubprocessError):
+            answers.append(None)
+    return answers
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of what some contestants need."""
+    found: dict[str, str | None] = {}
+    for name in ("triton", "torchvision"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def commit() -> str:

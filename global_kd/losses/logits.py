@@ -1,10 +1,9 @@
 """Soft labels: the student's class logits follow the teacher's on the same rows."""
 
 from torch import Tensor
-from torch.nn import functional
 
 from .. import _check
-from ..ops.precision import accumulate
+from ..ops.logits import divergences
 
 ACTIVATIONS = ("softmax", "sigmoid")
 CLASS_REDUCTIONS = ("mean", "sum")
@@ -57,18 +56,7 @@ def logit_loss(
     _check.one_of("activation", activation, ACTIVATIONS)
     _check.one_of("class_reduction", class_reduction, CLASS_REDUCTIONS)
     _check.same_device(student=student, teacher=teacher, weights=weights)
-    z_s = accumulate(student) / temperature
-    z_t = (accumulate(teacher.detach()) / temperature).to(z_s.dtype)
-    if activation == "softmax":
-        log_s, log_t = z_s.log_softmax(dim=1), z_t.log_softmax(dim=1)
-        divergence = log_t.exp() * (log_t - log_s)
-    else:
-        log_sigmoid = functional.logsigmoid
-        p_t = z_t.sigmoid()
-        divergence = p_t * (log_sigmoid(z_t) - log_sigmoid(z_s)) + (1 - p_t) * (
-            log_sigmoid(-z_t) - log_sigmoid(-z_s)
-        )
-    rows = divergence.sum(dim=1)
+    rows = divergences(student, teacher, temperature, activation)
     if class_reduction == "mean":
         rows = rows / max(1, student.shape[1])
     if weights is not None:

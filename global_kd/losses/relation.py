@@ -66,8 +66,20 @@ def relation_loss(
                 f"pairs: expected a shape broadcastable to {whole}, but got {tuple(pairs.shape)}"
             )
     _check.same_device(student=student, weights=weights, pairs=pairs)
-    q_s = cosines(student, student_prototypes.detach())
-    q_t = cosines(teacher.detach(), teacher_prototypes.detach()).to(q_s.dtype)
+    return relation_of_cosines(
+        cosines(student, student_prototypes.detach()),
+        cosines(teacher.detach(), teacher_prototypes.detach()),
+        weights,
+        pairs,
+        beta,
+    )
+
+
+def relation_of_cosines(
+    q_s: Tensor, q_t: Tensor, weights: Tensor | None, pairs: Tensor | None, beta: float
+) -> Tensor:
+    """:func:`relation_loss` from the cosines ``(..., R, P)`` themselves."""
+    q_t = q_t.to(q_s.dtype)
     if weights is not None:
         omega = accumulate(weights.detach())[..., None].to(q_s.dtype)
         q_s, q_t = omega * q_s, omega * q_t

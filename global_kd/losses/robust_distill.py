@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..instances import assign_levels, pool_levels
+from ..ops.cosine import cosines
 from ..ops.imitation import imitation
 from ..prototypes.bank import PrototypeBank
 from ..pyramid import check_pyramids
-from ..robust import robust_weights
+from ..robust import own_class, robust_weights, weights_of_cosines
 from ..targets import Targets
 from .imitation import NORMALIZERS
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
-from .relation import relation_loss
+from .relation import relation_of_cosines
 
 
 class RobustDistillLoss(nn.Module):
@@ -175,8 +176,11 @@ class RobustDistillLoss(nn.Module):
                 with torch.set_grad_enabled(self.relation > 0 and torch.is_grad_enabled()):
                     student_rows = pool_levels(student, targets, self.strides)
                 rows = student_rows, pool_levels(teacher, targets, self.strides)
-            prototypes = self._prototypes(rows, bank)
-            omega = robust_weights(*prototypes, targets.labels)
+            s, t, g_s, g_t, prototype_labels = self._prototypes(rows, bank)
+            # Once for omega and relation.
+            q_s, q_t = cosines(s, g_s.detach()), cosines(t.detach(), g_t.detach())
+            own = own_class(prototype_labels, targets.labels)
+            omega = weights_of_cosines(q_s, q_t, own)
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
         if self.imitates:
             foreground, background = self._imitation(
@@ -187,19 +191,10 @@ class RobustDistillLoss(nn.Module):
             if self.background:
                 terms["kd_background"] = self.background * background
         if self.relation:
-            s, t, g_s, g_t, labels = prototypes
-            pairs = labels[:, None, :] >= 0
-            if self.own_class:
-                pairs = labels[:, None, :] == targets.labels[:, None]
-            terms["kd_relation"] = self.relation * relation_loss(
-                s,
-                t,
-                g_s,
-                g_t,
-                omega if self.robust_relation else None,
-                pairs=pairs,
-                beta=self.beta,
-            )
+            pairs = own if self.own_class else prototype_labels[:, None, :] >= 0
+            weights = omega if self.robust_relation else None
+            compared = relation_of_cosines(q_s, q_t, weights, pairs, self.beta)
+            terms["kd_relation"] = self.relation * compared
         if self.logits and student_logits is not None and teacher_logits is not None:
             weights = None
             if self.robust_logits and logit_box is not None:

@@ -1,6 +1,7 @@
 """Which form of an op runs: its definition, the one for processors, or the Triton twin."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from .. import _check
 
 BACKENDS = ("definition", "cpu", "triton")
-_BEST = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") is not None else "definition"}
 _forced: list[str] = []
+_trusted: dict[torch.device, bool] = {}  # GPUs on which the twins have been tried
 
 
 @contextlib.contextmanager
@@ -34,9 +35,36 @@ def backend(x: Tensor) -> str:
     """The form that runs for this tensor: what is forced, or the best one for its device.
 
     While ``torch.compile`` traces a program for the processor it is the definition, which the
-    compiler fuses itself.
+    compiler fuses itself. On a GPU it is the Triton twin, after a small trial of the twins against
+    their definitions, once per process and GPU, has gone well; if not, a warning says why.
     """
-    form = _forced[-1] if _forced else _BEST.get(x.device.type, "definition")
+    form = _forced[-1] if _forced else None
+    if form is None:
+        form = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "definition")
+        # The twins accumulate in float32: float64 is there to check them.
+        if form == "triton" and (x.dtype == torch.float64 or not _twins_work(x.device)):
+            form = "definition"
     if form == "cpu" and torch.compiler.is_compiling():
         return "definition"
     return form
+
+
+def _twins_work(device: torch.device) -> bool:
+    if device in _trusted:
+        return _trusted[device]
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return False  # no moment for a trial: a later call will have it
+    _trusted[device] = False  # the trial's own ops
+    if find_spec("triton") is not None:
+        try:
+            from ._triton.trial import trial
+
+            trial(device)
+            _trusted[device] = True
+        except Exception as error:  # whatever it is, training goes on
+            warnings.warn(
+                f"global_kd: the Triton kernels do not work here ({type(error).__name__}: {error});"
+                " the definitions in plain torch take their place. Please report this",
+                stacklevel=2,
+            )
+    return _trusted[device]

@@ -107,7 +107,7 @@ class _InCache(torch.autograd.Function):
         return foreground, scale_background * ((1 - member) * error).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, weight, member, scale_foreground, scale_background = ctx.saved_tensors
         above_foreground, above_background = (2 * x for x in above)

@@ -80,7 +80,7 @@ class _Products(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         cells, image_index = ctx.saved_tensors
         (shape, dtype), (above_rows,) = ctx.features, above

@@ -1,6 +1,8 @@
 """Which form of an op runs, and what the processor's forms promise: little memory, same numbers."""
 
+import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import global_kd.functional as F
+from global_kd.ops import dispatch
 from global_kd.ops.dispatch import backend, force
 from tests.strategies import random
 
@@ -37,6 +40,37 @@ def test_a_compiler_gets_the_definition(forced):
     with force(forced) if forced else nullcontext():
         compiled = torch.compile(signed, backend="eager", fullgraph=True)
         assert compiled(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("trial", ["passes", "fails", "is not there"])
+def test_twins_are_tried_before_they_are_trusted(trial, monkeypatch):
+    """A GPU is imitated by the only device there is."""
+    calls = []
+
+    def tried(device):
+        calls.append(device)
+        assert dispatch._twins_work(device) is False  # its own ops find the definition
+        if trial == "fails":
+            raise AssertionError("numbers differ")
+
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(sys.modules, "global_kd.ops._triton.trial", SimpleNamespace(trial=tried))
+    if trial == "is not there":
+        monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    here = torch.device("cpu")
+    expected = pytest.warns(UserWarning, match="do not work here .AssertionError: numbers differ")
+    with expected if trial == "fails" else nullcontext():
+        assert dispatch._twins_work(here) is (trial == "passes")
+    assert dispatch._twins_work(here) is (trial == "passes")
+    assert len(calls) == (trial != "is not there")  # once per process
+
+
+def test_there_is_no_trial_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert dispatch._twins_work(torch.device("cpu")) is False
+    assert dispatch._trusted == {}
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,225 @@
+"""Results files to tables in docs/benchmarks.md and plots beside it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .measure import LIBRARY
+from .suite import described, mebibytes, milliseconds, number
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- results: written by `python -m benchmarks report` -->", "<!-- /results -->"
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+ABSENT = "not measured"
+
+Results = dict[str, dict[str, dict[str, Any]]]  # benchmark, kind of device
+
+
+def load(folder: Path) -> Results:
+    """Full runs in float32 only; quick ones are not for quoting."""
+    found: Results = {}
+    for name in ("ops", "step", "training", "scaling", "waits"):
+        for kind in KINDS:
+            file = folder / f"{name}_{kind}.json"
+            if file.exists():
+                found.setdefault(name, {})[kind] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in body), ""]
+
+
+def machines(results: Results) -> Iterator[str]:
+    yield "## Where it was measured"
+    yield ""
+    for name, by_kind in results.items():
+        for kind, result in by_kind.items():
+            yield f"- `{name}`, {KINDS[kind]}: {described(result['environment'])}."
+    yield ""
+
+
+def bars(results: Results) -> Iterator[str]:
+    """Every bar, both devices side by side; what was not measured says so."""
+    merged: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name in ("step", "ops", "training"):
+        for kind, result in results.get(name, {}).items():
+            for case in result.get("cases", [{"name": "training: KD terms", **result}]):
+                for bar in case["bars"]:
+                    if any(needed is not None for needed in bar["bars"].values()):
+                        key = case["name"], bar["what"]
+                        merged.setdefault(key, {})[kind] = bar
+    body = []
+    for (case, what), by_kind in merged.items():
+        line = [case, what]
+        some = next(iter(by_kind.values()))
+        for kind in KINDS:
+            needed = some["bars"][kind]
+            sign = "≥" if some["measure"] == "speedup" else "≤"
+            line.append("report" if needed is None else f"{sign} {needed:.4g}")
+            bar = by_kind.get(kind)
+            met = {True: " met", False: " **missed**", None: ""}[bar["met"] if bar else None]
+            line.append((number(bar["measured"]) if bar else ABSENT) + met)
+        body.append(line)
+    for check in dict.fromkeys(c for r in results.get("waits", {}).values() for c in r["checks"]):
+        by_kind = results["waits"]
+        outcomes = [by_kind.get(kind, {}).get("checks", {}).get(check, "–") for kind in KINDS]
+        body.append(["a step's waiting for the device", check, "", outcomes[0], "0", outcomes[1]])
+    if not any("cuda" in by_kind for by_kind in results.values()):
+        body.append(["a step's waiting for the device", "synchronisations", "", "–", "0", ABSENT])
+    yield "## The bars"
+    yield ""
+    head = ["case", "ours is", "bar, CPU", "CPU", "bar, GPU", "GPU"]
+    yield from rows(head, body)
+
+
+def cases(results: Results, name: str, title: str) -> Iterator[str]:
+    for kind, result in results.get(name, {}).items():
+        yield f"## {title}, {KINDS[kind]}"
+        yield ""
+        yield f"{result['size']}."
+        yield ""
+        for case in result["cases"]:
+            yield f"### {case['name']}, {KINDS[kind]}"
+            yield ""
+            copy = case["copy"]
+            yield (
+                f"{case['what']}; the library in its form `{case['form']}`. At the least "
+                f"{case['bytes'] / 1e6:.4g} MB: {case['bytes_how']}. {case['flops'] / 1e9:.3g} "
+                f"GFLOP: {case['flops_how']}. A copy moves {copy['bytes_per_s'] / 1e9:.3g} GB/s, "
+                f"into fresh memory {copy['fresh_bytes_per_s'] / 1e9:.3g} GB/s."
+            )
+            yield ""
+            yield from rows(
+                ["", "ms", "device ms", "ours is", "of copy bandwidth", "peak MiB", "error"],
+                [contestant(name, row, case) for name, row in case["contestants"].items()],
+            )
+
+
+def contestant(name: str, row: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
+    if "wall" not in row:
+        return [name, f"failed: {row.get('failed')}", "", "", "", "", ""]
+    mine, ratio = case["contestants"][LIBRARY], ""
+    if name != LIBRARY and "wall" in mine:
+        key = "device" if "device" in row and "device" in mine else "wall"
+        times = row[key]["median_s"] / mine[key]["median_s"]
+        ratio = f"{times:.2f}× {'faster' if times >= 1 else '**slower**'}"
+    return [
+        f"**{name}**" if name == LIBRARY else name,
+        milliseconds(row["wall"]),
+        milliseconds(row["device"]) if "device" in row else "–",
+        ratio,
+        f"{row['of_copy_bandwidth']:.0%}" if row["of_copy_bandwidth"] >= 0.005 else "< 1%",
+        mebibytes(row["peak_bytes"]),
+        f"{row['difference']:.0e}",
+    ]
+
+
+def training(results: Results) -> Iterator[str]:
+    for kind, result in results.get("training", {}).items():
+        yield f"## A training step, {KINDS[kind]}"
+        yield ""
+        yield f"{result['size']}."
+        yield ""
+        yield from rows(
+            ["", "ms", "of the student's step", "peak MiB"],
+            [
+                [
+                    name,
+                    milliseconds(row["wall"]),
+                    f"{result['shares'][name]:.1%}",
+                    mebibytes(row["peak_bytes"]),
+                ]
+                for name, row in result["parts"].items()
+            ],
+        )
+        yield (
+            "The step with KD, less the student's step and the teacher's forward: "
+            f"{result['added_beside_the_teacher']:+.1%} of the student's step."
+        )
+        yield ""
+
+
+TITLES = {
+    "boxes": ("Cost by number of boxes", "boxes an image"),
+    "side": ("Cost by image side", "side of the image, pixels"),
+    "pursuit": ("Selecting prototypes by number of instances", "instances"),
+}
+
+
+def plots(results: Results, images: Path) -> Iterator[str]:
+    """One figure a question and device: log-log, quartiles shaded."""
+    for kind, result in results.get("scaling", {}).items():
+        for by, (title, axis) in TITLES.items():
+            curves = [c for c in result["curves"] if c["by"] == by]
+            if not curves:
+                continue
+            images.mkdir(parents=True, exist_ok=True)
+            file = images / f"bench_{by}_{kind}.png"
+            draw(curves, axis, file)
+            yield f"## {title}, {KINDS[kind]}"
+            yield ""
+            yield f"{result['size'][by]}. Points are medians, shades quartiles."
+            yield ""
+            yield f"![{title}](images/{file.name})"
+            yield ""
+
+
+def draw(curves: Sequence[Mapping[str, Any]], axis: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, plot = pyplot.subplots(figsize=(7, 4.2))
+    for n, curve in enumerate(curves):
+        names = dict.fromkeys(name for p in curve["points"] for name in p["contestants"])
+        for name in names:
+            points = [
+                (p["x"], p["contestants"][name]["wall"])
+                for p in curve["points"]
+                if "wall" in p["contestants"].get(name, {})
+            ]
+            x = [at for at, _ in points]
+            low, high = ([1e3 * t["quartiles_s"][i] for _, t in points] for i in (0, 1))
+            plot.loglog(
+                x,
+                [1e3 * t["median_s"] for _, t in points],
+                "o-" if name == LIBRARY else "x--",
+                color=f"C{n}",
+                label=curve["name"].split(" by ")[0] + ("" if name == LIBRARY else f", {name}"),
+            )
+            plot.fill_between(x, low, high, color=f"C{n}", alpha=0.2)
+    plot.set_xlabel(axis)
+    plot.set_ylabel("ms, forward and backward" if "pursuit" not in file.name else "ms")
+    plot.grid(which="both", alpha=0.3)
+    plot.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(folder: Path, page: Path = PAGE) -> int:
+    results = load(folder)
+    if not results:
+        print(f"no results in {folder}: run `python -m benchmarks ops` and the others first")
+        return 1
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page}: expected one line '{BEGIN}' and one '{END}'")
+    written = [
+        *bars(results),
+        *cases(results, "step", "The full step"),
+        *cases(results, "ops", "Ops"),
+        *training(results),
+        *plots(results, page.parent / "images"),
+        *machines(results),
+    ]
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    body = "\n".join(written).rstrip("\n")
+    page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    print(f"written: {page}")
+    return 0

@@ -1,0 +1,194 @@
+"""The share of distillation in a real training step of torchvision's Faster R-CNN.
+
+Each part is a line of its own: the student's step alone, the teacher's forward (its backbone and,
+for soft labels, its box head), and what distillation itself adds: loss terms, forward and backward
+down to the student's maps. Weights are random, boxes are many: 32 an image, as in the full step.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+
+from .measure import Bar, Effort, peak_memory, say, take_turns
+from .scene import boxes_like_coco
+from .suite import VERDICT, described, mebibytes, milliseconds, number
+
+ADAPTERS = ("identity", "conv1x1", "conv3x3")
+STUDENT = "student step"
+TEACHER = "teacher forward"
+
+
+def detector(layers: int, side: int, longest: int, small: bool) -> Any:
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    backbone = resnet_fpn_backbone(
+        backbone_name=f"resnet{layers}",
+        weights=None,
+        trainable_layers=5,
+        norm_layer=nn.BatchNorm2d,
+    )
+    samples = {"rpn_pre_nms_top_n_train": 200, "rpn_post_nms_top_n_train": 100} if small else {}
+    return FasterRCNN(backbone, 91, min_size=side, max_size=longest, **samples)
+
+
+def batch(height: int, width: int, boxes: int, device: torch.device) -> tuple[list[Any], list[Any]]:
+    g = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, height, width, generator=g).to(device) for _ in range(2)]
+    targets = [
+        {
+            "boxes": boxes_like_coco(boxes, height, width, g).to(device),
+            "labels": torch.randint(1, 91, (boxes,), generator=g).to(device),
+        }
+        for _ in images
+    ]
+    return images, targets
+
+
+def run(
+    *,
+    quick: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    if dtype != torch.float32:
+        raise ValueError(f"dtype: expected float32 for a training step, but got {dtype}")
+    layers, boxes = (50, 101), 32
+    height, width = (800, 1344) if device.type == "cuda" else (256, 320)
+    effort = Effort(seconds=10.0 if device.type == "cuda" else 30.0, least=5, most=30)
+    if quick:
+        (height, width), boxes, layers = (96, 128), 4, (18, 18)
+        effort = Effort(seconds=0.1, least=2, most=2)
+    torch.manual_seed(0)
+    student = detector(layers[0], height, width, quick).to(device).train()
+    teacher = detector(layers[1], height, width, quick).to(device).eval().requires_grad_(False)
+    images, targets = batch(height, width, boxes, device)
+    settle(teacher, images)
+
+    def train(kd: Distiller | None) -> list[Tensor]:
+        losses = student(images, targets)
+        if kd is not None:
+            losses = {**losses, **kd(images, targets)}
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return [total.detach()]
+
+    # A rate of 0 costs the same and keeps random detectors from running away.
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0, momentum=0.9)
+    train(None)  # makes the optimizer's own buffers
+    works: dict[str, Callable[[], Any]] = {STUDENT: partial(train, None)}
+    for adapter in ADAPTERS:
+        # Rows are collected as by default, but no refresh falls into the measurement.
+        loss = GlobalKnowledgeLoss(91, adapter=adapter, total_steps=1000, refresh_every=10**9)
+        kd = Distiller(student, teacher, loss)
+        fill(loss, device)
+        calls: list[tuple[Any, Any]] = []
+        hook = loss.register_forward_pre_hook(
+            lambda _, args, kwargs, calls=calls: calls.append((args, kwargs)), with_kwargs=True
+        )
+        train(kd)
+        hook.remove()
+        works[f"kd terms, {adapter}"] = terms_alone(loss, *calls[0])
+        if adapter == "identity":
+            works["step with kd, identity"] = partial(train, kd)
+            proposals = calls[0][0][2]
+        else:
+            kd.detach()
+    works[TEACHER] = partial(teach, teacher, images, proposals)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, work in works.items():
+        say(f"training: {name}")
+        rows[name] = peak_memory(work, device)
+    for name, times in take_turns(works, device, effort).items():
+        rows[name]["wall"] = times
+    alone = rows[STUDENT]["wall"]["median_s"]
+    shares = {name: row["wall"]["median_s"] / alone for name, row in rows.items()}
+    added = shares["step with kd, identity"] - 1 - shares[TEACHER]
+    bar = Bar("share", STUDENT, cuda=0.05).judge(
+        {"contestants": {"library": rows["kd terms, identity"], STUDENT: rows[STUDENT]}},
+        None if quick else device.type,
+    )
+    return {
+        "size": f"student R{layers[0]}-FPN, teacher R{layers[1]}-FPN, 2 x {height} x {width}, "
+        f"{boxes} boxes an image, {len(proposals)} positive proposals",
+        "parts": rows,
+        "shares": shares,
+        "added_beside_the_teacher": added,
+        "bars": [bar],
+        "passed": True,
+    }
+
+
+def settle(model: Any, images: list[Tensor]) -> None:
+    """Statistics for the batch norms, without which a random network in eval mode blows up."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model.backbone(model.transform(images)[0].tensors)
+    model.eval()
+
+
+@torch.no_grad()
+def teach(teacher: Any, images: list[Tensor], proposals: Targets) -> list[Tensor]:
+    """What distillation asks of the teacher: its maps, and its logits of the student's boxes."""
+    seen, _ = teacher.transform(images)
+    maps, heads = teacher.backbone(seen.tensors), teacher.roi_heads
+    boxes = [proposals.boxes[proposals.image_index == i] for i in range(len(images))]
+    pooled = heads.box_roi_pool(maps, boxes, seen.image_sizes)
+    return [*maps.values(), heads.box_predictor(heads.box_head(pooled))[0]]
+
+
+def fill(loss: GlobalKnowledgeLoss, device: torch.device) -> None:
+    """A bank as after the first refresh: without one, terms are cheaper."""
+    bank = loss.to(device).bank
+    g = torch.Generator().manual_seed(1)
+    for rows in (bank.student, bank.teacher):
+        rows.copy_(torch.randn(rows.shape, generator=g))
+    bank.valid.fill_(True)
+
+
+def terms_alone(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Callable[[], list[Tensor]]:
+    """The loss on what it was given in a step, and its backward down to the student's maps."""
+    maps, *others = args
+    maps = [x.detach().requires_grad_() for x in maps]
+    kwargs = dict(kwargs)
+    leaves = [*maps, *loss.parameters()]
+    if kwargs.get("student_logits") is not None:
+        kwargs["student_logits"] = kwargs["student_logits"].detach().requires_grad_()
+        leaves.append(kwargs["student_logits"])
+
+    def work() -> list[Tensor]:
+        terms = loss(maps, *others, **kwargs)
+        return list(torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves))
+
+    return work
+
+
+def table(results: Mapping[str, Any]) -> str:
+    lines = [described(results["environment"]), results["size"], ""]
+    lines.append(f"{'':24}{'ms, median (quartiles)':>26}{'of student step':>17}{'peak MiB':>10}")
+    for name, row in results["parts"].items():
+        lines.append(
+            f"{name:24}{milliseconds(row['wall']):>26}{results['shares'][name]:>16.1%} "
+            f"{mebibytes(row['peak_bytes']):>10}"
+        )
+    lines.append(
+        "step with kd less student step and teacher forward: "
+        f"{results['added_beside_the_teacher']:+.1%} of the student step"
+    )
+    for bar in results["bars"]:
+        judged = f"({bar['bar']})" if bar["bar"] else "(reported, no bar)"
+        lines.append(
+            f"{VERDICT[bar['met']]} kd terms: {number(bar['measured'])} {bar['what']} {judged}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Does a step make the host wait for the GPU? `python -m benchmarks waits`.
+
+On a GPU: the ops run as Triton kernels; a step under `torch.cuda.set_sync_debug_mode("error")`, and
+a step captured in a CUDA graph whose replay gives the same values. On a CPU nothing can wait; there
+the definition's operations are listed and those that would make a GPU's host wait are counted.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from global_kd import RobustDistillLoss
+from global_kd.ops.dispatch import backend, force
+
+from .cases import TOLERANCES, with_gradient
+from .measure import Work, difference, first_line
+from .scene import QUICK, Size, make_scene
+from .suite import described
+
+# What reads a number from the device, or has an output whose shape depends on values.
+WAITING = {
+    "aten._local_scalar_dense",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.item",
+    "aten.masked_select",
+    "aten.nonzero",
+    "aten.repeat_interleave.Tensor",
+    "aten.unique_consecutive",
+    "aten._unique2",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make a host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        masked = str(func.overloadpacket) in ("aten.index", "aten.index_put") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1] or ()
+        )
+        if masked or name in WAITING or name.removesuffix(".default") in WAITING:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(
+    *,
+    quick: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    size = replace(QUICK if quick else Size(), dtype=dtype)
+    scene = make_scene(size, device)
+    loss = RobustDistillLoss(scene.strides)
+    inputs: dict[str, Any] = scene.inputs()
+    work = with_gradient(lambda: list(loss(bank=scene.bank, **inputs).values()), scene.leaves())
+    expected = [x.clone() for x in work()]
+    checks = (
+        {
+            "form of the ops": lambda: backend(scene.student[0]),
+            "synchronisations": lambda: synchronisations(work),
+            "CUDA graph": lambda: graph(work, expected, device, TOLERANCES[dtype]),
+        }
+        if device.type == "cuda"
+        else {"operations that wait, in the definition": lambda: operations(work)}
+    )
+    found = {}
+    for name, check in checks.items():
+        try:
+            found[name] = check()
+        except Exception as error:
+            found[name] = first_line(error)
+    return {
+        "size": size.words(),
+        "checks": found,
+        "passed": all(outcome in ("0", "captured", "triton") for outcome in found.values()),
+    }
+
+
+def synchronisations(work: Work) -> str:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "0"
+
+
+def graph(work: Work, expected: Any, device: torch.device, tolerance: float) -> str:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = work()
+    for x in results:
+        x.detach().fill_(float("nan"))  # the replay has to write every value
+    captured.replay()
+    torch.cuda.synchronize(device)
+    gap = difference(results, expected)
+    return "captured" if gap <= tolerance else f"captured, but its values differ by {gap:.1e}"
+
+
+def operations(work: Work) -> str:
+    with force("definition"), Waits() as waits:
+        work()
+    return "0" if not waits.seen else ", ".join(f"{n} {name}" for name, n in waits.seen.items())
+
+
+def table(results: Mapping[str, Any]) -> str:
+    lines = [described(results["environment"]), results["size"], ""]
+    return "\n".join(lines + [f"{name}: {outcome}" for name, outcome in results["checks"].items()])

@@ -1,0 +1,60 @@
+"""Run `triton_kernels.py` where its kernels can run: on the GPU, else under Triton's interpreter.
+
+In a process of its own, because Triton decides at import between the two, and other tests may have
+imported it already.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("triton_kernels.py")
+
+
+def test_triton_kernels():
+    pytest.importorskip("triton", reason="needs triton")
+    interpret = "0" if torch.cuda.is_available() else "1"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        env=os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
+        cwd=CASES.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+def test_the_trial_of_the_twins_goes_well_and_sees_a_broken_one():
+    """What runs once on a user's GPU; here under the interpreter."""
+    pytest.importorskip("triton", reason="needs triton")
+    code = """
+import torch
+from global_kd.ops import logits
+from global_kd.ops._triton import logits as twins
+from global_kd.ops._triton.trial import trial
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+trial(device)
+whole = twins.logit_rows
+twins.logit_rows = lambda *arguments: 1.01 * whole(*arguments)
+try:
+    trial(device)
+except AssertionError as error:
+    assert "softmax" in str(error), error
+    print("seen")
+"""
+    interpret = "0" if torch.cuda.is_available() else "1"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
+        cwd=CASES.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "seen", result.stdout + result.stderr
