@@ -1,7 +1,7 @@
 """Foreground and background squared error of two maps under per-box weights.
 
 The weights of the cells are painted once, ``(B, H, W)``; the maps are read once. The definition is
-:func:`imitation_terms` in plain torch; on the processor it runs plane by plane, in the cache.
+:func:`imitation_terms` in plain torch; on the processor it runs some planes at a time.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,10 @@ from .cells import box_cells, cell_members
 from .dispatch import backend
 from .precision import accumulate
 
-_CHUNK = 1 << 16  # elements of a map that are worked on at a time: they stay in the cache
+# Elements of a map that are worked on at a time. Fewer would fit a smaller cache; but each
+# operation ends in a barrier of all threads, and where other jobs hold a core a thousand of those
+# take seconds.
+_CHUNK = 1 << 21
 
 
 def paint_boxes(
@@ -81,15 +84,15 @@ def imitation_terms(
 
         return twin(*arguments)
     if form == "cpu":
-        return _InCache.apply(*arguments)  # type: ignore[no-any-return]
+        return _InPlanes.apply(*arguments)  # type: ignore[no-any-return]
     error = (accumulate(student) - accumulate(teacher)).square().sum(dim=1)
     return scale_foreground * (weight * error).sum(), scale_background * (
         (1 - member) * error
     ).sum()
 
 
-class _InCache(torch.autograd.Function):
-    """Both passes plane by plane: nothing of the maps' size is made but the gradient itself.
+class _InPlanes(torch.autograd.Function):
+    """Both passes some planes at a time: nothing of the maps' size is made but the gradient itself.
 
     The backward reads the maps again instead of keeping the difference, or a gradient to be scaled,
     from the forward: on a processor fresh memory costs more than a second read.
@@ -128,7 +131,7 @@ def _planes(
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """A few channels of one image at a time: image, channels, and the difference ``(c, H, W)``."""
     batch, channels, height, width = student.shape
-    step = max(1, min(channels, _CHUNK // max(1, height * width)))
+    step = max(1, min(-(-channels // 8), _CHUNK // max(1, height * width)))
     buffer = torch.empty(step, height, width, dtype=dtype)
     same = student.dtype == teacher.dtype == dtype
     for b in range(batch):
