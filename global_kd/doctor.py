@@ -197,18 +197,25 @@ def examine(
 
 @contextmanager
 def _untouched(*models: nn.Module) -> Iterator[None]:
-    """Modes, buffers, gradients' slots and the random state come back as they were."""
-    modes = [(m, m.training) for model in models for m in model.modules()]
+    """Modes, counters, buffers and the random state come back as they were."""
+    numbers = [(m, _numbers(m)) for model in models for m in model.modules()]
     buffers = [(b, b.clone()) for model in models for b in model.buffers()]
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module, kept in numbers:
+                for name in _numbers(module).keys() - kept.keys():
+                    delattr(module, name)
+                vars(module).update(kept)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Its mode, and running means that are plain attributes, as Detectron2's RetinaNet has one."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float))}
 
 
 def _train_all_but_statistics(model: nn.Module) -> None:

@@ -98,7 +98,11 @@ def test_checking_changes_nothing(kind):
 
 def test_batch_norm_of_a_training_student_is_left_alone():
     student, _, kd = home_made()
+    calls = student.calls
+    student.register_forward_hook(lambda module, *_: setattr(module, "made_by_a_forward", 1.0))
     kd.check(IMAGES, TARGETS, verbose=False)
+    assert student.calls == calls  # plain attributes, too, such as a running mean
+    assert not hasattr(student, "made_by_a_forward")
     assert torch.equal(student.body.norm.running_mean, torch.zeros(4))
     assert student.body.norm.num_batches_tracked == 0
 
