@@ -159,17 +159,31 @@ def test_soft_labels_of_dense_detectors_with_unlike_levels():
     # A teacher without the finest level, and with anchors for what it has.
     forward = teacher.backbone.forward
     teacher.backbone.forward = lambda x: dict(list(forward(x).items())[1:])
-    seen = {}
+    seen, seen_targets = {}, []
     kd = Distiller(student, teacher, gk())
     assert kd.loss.rdm.strides == (8, 16)
     kd.loss.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+        lambda module, args, kwargs: (
+            (seen.update(kwargs), seen_targets.append(args[2]))[:0] or None
+        ),
+        with_kwargs=True,
     )
     images, targets = scenes()
+    small = torch.tensor([[8.0, 8, 15, 15]])  # an object of the level that the teacher lacks
+    targets[0] = {
+        k: torch.cat([small.to(v) if k == "boxes" else v[:1], v]) for k, v in targets[0].items()
+    }
     recorded = {}
     student.head.classification_head.register_forward_hook(
         lambda m, args, out: recorded.update(student=out)
     )
+    compute = student.head.compute_loss
+
+    def count(truth, outputs, anchors, matched):
+        recorded["positives"] = sum(int((m >= 0).sum()) for m in matched)
+        return compute(truth, outputs, anchors, matched)
+
+    student.head.compute_loss = count
     student(images, targets)
     kd(images, targets)
     with torch.no_grad():
@@ -178,12 +192,24 @@ def test_soft_labels_of_dense_detectors_with_unlike_levels():
     finest = batch[0].tensors.shape[2] // 4 * (batch[0].tensors.shape[3] // 4)
     mine = recorded["student"][:, finest:]
     assert mine.shape == theirs.shape
-    rows = [
-        (mine == row).all(dim=2).nonzero()[0].tolist() for row in seen["student_logits"].detach()
-    ]
-    assert len(rows) > 0
-    for (image, location), row in zip(rows, seen["teacher_logits"], strict=True):
-        torch.testing.assert_close(row, theirs[image, location])
+    rows, boxes = seen["student_logits"].detach(), seen["logit_box"]
+    assert 0 < len(rows) < recorded["positives"]  # those on the finest level are left out
+    assert len(rows) == len(boxes)
+    images_of_boxes = seen_targets[0].image_index[boxes].tolist()
+    for image, row, twin in zip(images_of_boxes, rows, seen["teacher_logits"], strict=True):
+        places = (mine[image] == row).all(dim=1).nonzero()[:, 0]
+        assert len(places) > 0  # the row is of the image of its box
+        assert any(torch.allclose(twin, theirs[image, place]) for place in places)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_teacher_at_another_scale_gives_no_soft_labels(scale):
+    torch.manual_seed(0)
+    student, teacher = detector("retinanet"), detector("retinanet")
+    kd = Distiller(student, teacher, gk(), teacher_scale=scale)
+    images, targets = scenes()
+    student(images, targets)
+    assert ("kd_logits" in kd(images, targets)) == (scale == 1)
 
 
 def test_proposals_are_the_students_positives_with_their_labels():
