@@ -20,7 +20,7 @@ def force(backend: str) -> Iterator[None]:
     """Within this context every op runs in one form, wherever its tensors are.
 
     ``"definition"`` is plain torch, on any device and under any transform. ``"cpu"`` is the same in
-    chunks that stay in the cache, with a gradient written by hand. ``"triton"`` needs an
+    pieces, with a gradient written by hand. ``"triton"`` needs an
     accelerator, or ``TRITON_INTERPRET=1``.
     """
     _check.one_of("backend", backend, BACKENDS)

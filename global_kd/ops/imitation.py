@@ -50,7 +50,10 @@ def paint_boxes(
 def _paint_in_turn(
     weights: Tensor, cells: Tensor, image_index: Tensor, size: tuple[int, int, int]
 ) -> Tensor:
-    """From the smallest weight to the largest, so that the largest stays."""
+    """From the smallest weight to the largest, so that the largest stays.
+
+    A loop over boxes, on the processor alone: a slice each is far less than a mask each.
+    """
     canvas = weights.new_zeros(size)
     order = weights.argsort()
     where = torch.cat([image_index[:, None], cells], dim=1)[order].tolist()
