@@ -11,6 +11,7 @@ from torch.nn import functional
 import global_kd.functional as F
 from global_kd import RobustDistillLoss
 from global_kd.ops.dispatch import force
+from global_kd.ops.relation import own_class, relate
 
 from . import released
 from .measure import LIBRARY, Bar, Case, Work
@@ -227,12 +228,10 @@ def relation(setting: Setting) -> tuple[Case, Tensor]:
     g_s, g_t, prototype_labels = scene.bank.flat()
     labels, prototypes = scene.targets.labels, released.concatenate(scene.bank)
 
-    def forward(rows: Tensor) -> tuple[Tensor, Tensor]:
-        omega = F.robust_weights(rows, theirs, g_s, g_t, prototype_labels, labels)
-        return F.relation_loss(rows, theirs, g_s, g_t, omega), omega
-
-    def loss_only(rows: Tensor) -> list[Tensor]:
-        return [forward(rows)[0]]
+    def forward(rows: Tensor) -> list[Tensor]:
+        own = own_class(prototype_labels, labels)
+        loss, _ = relate(rows, theirs, g_s, g_t, pairs=None, beta=1.0, own=own, robust=True)
+        return [loss]
 
     def as_released() -> list[Tensor]:
         losses = []
@@ -248,7 +247,7 @@ def relation(setting: Setting) -> tuple[Case, Tensor]:
         name="relation",
         what=f"robust weights and relation: {tuple(mine.shape)} rows, {g_s.shape[1]} prototypes",
         contestants={
-            **ours_and_definition(setting, loss_only, (mine,), [mine]),
+            **ours_and_definition(setting, forward, (mine,), [mine]),
             RELEASED: with_gradient(as_released, [mine]),
         },
         reference=RELEASED,

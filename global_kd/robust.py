@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _check
 from .ops.cosine import cosines
+from .ops.relation import agreement, own_class
 
 
 @torch.no_grad()
@@ -60,27 +61,8 @@ def robust_weights(
     _check.shape("prototype_labels", prototype_labels, student_prototypes.shape[:-1])
     _check.shape("labels", labels, student.shape[:-1] if labels.dim() > 1 else student.shape[-2:-1])
     _check.same_device(student=student, prototype_labels=prototype_labels, labels=labels)
-    return weights_of_cosines(
+    return agreement(
         cosines(student, student_prototypes),
         cosines(teacher, teacher_prototypes),
         own_class(prototype_labels, labels),
     )
-
-
-def own_class(prototype_labels: Tensor, labels: Tensor) -> Tensor:
-    """Whether a prototype ``(..., P)`` is of an instance's class ``(..., R)``: ``(..., R, P)``."""
-    filled = prototype_labels[..., None, :] >= 0
-    return (labels[..., :, None] == prototype_labels[..., None, :]) & filled
-
-
-@torch.no_grad()
-def weights_of_cosines(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor:
-    """:func:`robust_weights` from cosines ``(..., R, P)`` and which of them are own-class."""
-    if own.shape[-1] == 0:
-        return torch.ones_like(student.sum(dim=-1))
-
-    def best(cosine: Tensor) -> Tensor:
-        # -2 lies below every cosine; where a class has no prototype both sides hold it and cancel.
-        return torch.where(own, cosine, -2.0).amax(dim=-1)
-
-    return (1 - (best(student) - best(teacher)).abs()).clamp(0, 1)

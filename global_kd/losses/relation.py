@@ -2,11 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .. import _check
-from ..ops.cosine import cosines
-from ..ops.precision import accumulate
+from ..ops.relation import relate
 
 
 def relation_loss(
@@ -66,28 +64,13 @@ def relation_loss(
                 f"pairs: expected a shape broadcastable to {whole}, but got {tuple(pairs.shape)}"
             )
     _check.same_device(student=student, weights=weights, pairs=pairs)
-    return relation_of_cosines(
-        cosines(student, student_prototypes.detach()),
-        cosines(teacher.detach(), teacher_prototypes.detach()),
-        weights,
-        pairs,
-        beta,
+    loss, _ = relate(
+        student,
+        teacher,
+        student_prototypes,
+        teacher_prototypes,
+        pairs=pairs,
+        beta=beta,
+        weights=weights,
     )
-
-
-def relation_of_cosines(
-    q_s: Tensor, q_t: Tensor, weights: Tensor | None, pairs: Tensor | None, beta: float
-) -> Tensor:
-    """:func:`relation_loss` from the cosines ``(..., R, P)`` themselves."""
-    q_t = q_t.to(q_s.dtype)
-    if weights is not None:
-        omega = accumulate(weights.detach())[..., None].to(q_s.dtype)
-        q_s, q_t = omega * q_s, omega * q_t
-    difference = functional.smooth_l1_loss(q_s, q_t, reduction="none", beta=beta)
-    if pairs is None:
-        counted = torch.ones_like(difference, dtype=torch.bool)
-    else:
-        counted = pairs.expand_as(difference)
-    total = torch.where(counted, difference, 0).sum(dim=(-2, -1))
-    # Each level's own mean, then the mean over levels.
-    return (total / counted.sum(dim=(-2, -1)).clamp(min=1)).mean()
+    return loss

@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..instances import assign_levels, pool_levels
-from ..ops.cosine import cosines
 from ..ops.imitation import imitation
+from ..ops.relation import own_class, relate
 from ..prototypes.bank import PrototypeBank
 from ..pyramid import check_pyramids
-from ..robust import own_class, robust_weights, weights_of_cosines
+from ..robust import robust_weights
 from ..targets import Targets
 from .imitation import NORMALIZERS
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
-from .relation import relation_of_cosines
 
 
 class RobustDistillLoss(nn.Module):
@@ -177,10 +176,20 @@ class RobustDistillLoss(nn.Module):
                     student_rows = pool_levels(student, targets, self.strides)
                 rows = student_rows, pool_levels(teacher, targets, self.strides)
             s, t, g_s, g_t, prototype_labels = self._prototypes(rows, bank)
-            # Once for omega and relation.
-            q_s, q_t = cosines(s, g_s.detach()), cosines(t.detach(), g_t.detach())
-            own = own_class(prototype_labels, targets.labels)
-            omega = weights_of_cosines(q_s, q_t, own)
+            if self.relation:
+                own = own_class(prototype_labels, targets.labels)
+                relation, omega = relate(
+                    s,
+                    t,
+                    g_s,
+                    g_t,
+                    pairs=own if self.own_class else prototype_labels[:, None, :] >= 0,
+                    beta=self.beta,
+                    own=own,
+                    robust=self.robust_relation,
+                )
+            else:
+                omega = robust_weights(s, t, g_s, g_t, prototype_labels, targets.labels)
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
         if self.imitates:
             foreground, background = self._imitation(
@@ -191,10 +200,7 @@ class RobustDistillLoss(nn.Module):
             if self.background:
                 terms["kd_background"] = self.background * background
         if self.relation:
-            pairs = own if self.own_class else prototype_labels[:, None, :] >= 0
-            weights = omega if self.robust_relation else None
-            compared = relation_of_cosines(q_s, q_t, weights, pairs, self.beta)
-            terms["kd_relation"] = self.relation * compared
+            terms["kd_relation"] = self.relation * relation
         if self.logits and student_logits is not None and teacher_logits is not None:
             weights = None
             if self.robust_logits and logit_box is not None:

@@ -3,11 +3,16 @@
 import torch
 from torch import Tensor
 
+from .dispatch import backend
 from .precision import accumulate
 
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of ``x (..., C)`` divided by their length; a zero row stays zero with zero gradient."""
+    if backend(x) == "triton":
+        from ._triton.cosine import unit_rows as twin
+
+        return twin(x)
     x = accumulate(x)
     # Scaling by the largest entry first keeps the squares from over- and underflowing. It needs no
     # gradient: the result does not depend on the scale.

@@ -13,12 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from .cells import box_cells, cell_members
 from .dispatch import backend
+from .memory import empty
 from .precision import accumulate
+
+aten = torch.ops.aten
 
 # Elements of a map that are worked on at a time. Fewer would fit a smaller cache; but each
 # operation ends in a barrier of all threads, and where other jobs hold a core a thousand of those
 # take seconds.
-_CHUNK = 1 << 21
+_CHUNK = 1 << 20
 
 
 def paint_boxes(
@@ -95,7 +98,7 @@ def imitation_terms(
 
 
 class _InPlanes(torch.autograd.Function):
-    """Both passes some planes at a time: nothing of the maps' size is made but the gradient itself.
+    """Nothing of the maps' size is made but the gradient itself.
 
     The backward reads the maps again instead of keeping the difference, or a gradient to be scaled,
     from the forward: on a processor fresh memory costs more than a second read.
@@ -106,9 +109,14 @@ class _InPlanes(torch.autograd.Function):
         weight, member, scale_foreground, scale_background = small
         ctx.save_for_backward(student, teacher, *small)
         error = torch.zeros_like(weight)
-        for b, _, d in _planes(student, teacher, weight.dtype):
-            total = d.square_()
-            error[b] += total.sum(dim=0) if len(total) > 1 else total[0]
+        same = student.dtype == teacher.dtype == weight.dtype
+        for b, planes, d in _planes(student, weight.dtype):
+            s, t = student[b, planes], teacher[b, planes]
+            if same:
+                aten.mse_loss.out(s, t, 0, out=d)
+            else:  # halves are subtracted, and their squares summed, in float32
+                d.copy_(s).sub_(t).square_()
+            error[b] += d.sum(dim=0)
         foreground = scale_foreground * (weight * error).sum()
         return foreground, scale_background * ((1 - member) * error).sum()
 
@@ -116,33 +124,31 @@ class _InPlanes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, weight, member, scale_foreground, scale_background = ctx.saved_tensors
-        above_foreground, above_background = (2 * x for x in above)
+        above_foreground, above_background = above
         factor = above_foreground * scale_foreground * weight
         factor += above_background * scale_background * (1 - member)
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        for b, planes, d in _planes(student, teacher, weight.dtype):
-            out = gradient[b, planes]
-            if out.dtype == d.dtype:
-                torch.mul(d, factor[b], out=out)
-            else:
-                out.copy_(d.mul_(factor[b]))
+        gradient = empty(student.shape, student.dtype)
+        if student.dtype == teacher.dtype == weight.dtype:
+            # 2 (s - t) factor in one pass
+            shares = factor[:, None].expand_as(student)
+            aten.mse_loss_backward.grad_input(shares, student, teacher, 0, grad_input=gradient)
+        else:
+            factor *= 2
+            for b, planes, d in _planes(student, weight.dtype):
+                d.copy_(student[b, planes]).sub_(teacher[b, planes])
+                gradient[b, planes] = d.mul_(factor[b])
         return gradient, None, None, None, None, None
 
 
-def _planes(
-    student: Tensor, teacher: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """A few channels of one image at a time: image, channels, and the difference ``(c, H, W)``."""
+def _planes(student: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+    """A few channels of one image at a time: image, channels, and room for them ``(c, H, W)``."""
     batch, channels, height, width = student.shape
     step = max(1, min(-(-channels // 8), _CHUNK // max(1, height * width)))
     buffer = torch.empty(step, height, width, dtype=dtype)
-    same = student.dtype == teacher.dtype == dtype
     for b in range(batch):
         for c in range(0, channels, step):
             planes = slice(c, min(c + step, channels))
-            s, t, d = student[b, planes], teacher[b, planes], buffer[: planes.stop - c]
-            # Halves are subtracted, and their squares summed, in float32.
-            yield b, planes, torch.sub(s, t, out=d) if same else d.copy_(s).sub_(t)
+            yield b, planes, buffer[: planes.stop - c]
 
 
 def imitation(

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .cells import box_cells, cell_members
 from .dispatch import backend
+from .memory import empty
 from .precision import accumulate
 
 _FEW = 128  # boxes of an image up to which a matrix product beats prefix sums on the processor
@@ -86,7 +87,7 @@ class _Products(torch.autograd.Function):
         (shape, dtype), (above_rows,) = ctx.features, above
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        gradient = torch.empty(shape, dtype=above_rows.dtype)
+        gradient = empty(shape, above_rows.dtype)
         seen = set()
         with torch.autocast("cpu", enabled=False):
             for b, mine, rows, columns in _shares(cells, image_index, shape, above_rows.dtype):

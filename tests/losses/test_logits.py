@@ -14,6 +14,8 @@ from tests import oracles
 from tests.strategies import random
 from tests.watch import Graphs, NoFloat64, NoHostSync, gradient
 
+pytestmark = pytest.mark.usefixtures("every_form")
+
 ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("mean", "sum")
 BOTH = pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -12,6 +12,8 @@ from tests import oracles
 from tests.strategies import random, relation, relations
 from tests.watch import Graphs, NoFloat64, NoHostSync, gradient
 
+pytestmark = pytest.mark.usefixtures("every_form")
+
 X, Y = [1.0, 0.0], [0.0, 1.0]
 AXES = torch.tensor([X, Y])
 

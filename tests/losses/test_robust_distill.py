@@ -16,6 +16,8 @@ from global_kd.functional import (
 )
 from global_kd.instances import assign_levels
 
+pytestmark = pytest.mark.usefixtures("every_form")
+
 STRIDES = (4.0, 8.0)
 CS, CT, CLASSES = 3, 5, 4
 

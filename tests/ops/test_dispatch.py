@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import global_kd.functional as F
-from global_kd.ops import dispatch
+from global_kd.ops import dispatch, memory
 from global_kd.ops.dispatch import backend, force
 from tests.strategies import random
 
@@ -157,3 +157,11 @@ def test_a_map_changed_between_forward_and_backward_is_an_error():
     teacher.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fg.backward()
+
+
+@pytest.mark.parametrize("size", [3, memory._LARGE // 4 + 5], ids=["small", "in huge pages"])
+def test_fresh_memory_is_memory(size):
+    x = memory.empty(torch.Size([size]), torch.float32)
+    assert x.shape == (size,) and x.dtype == torch.float32
+    x.fill_(2)
+    assert (x == 2).all()

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from global_kd.ops._triton import imitation, logits, pool_boxes
+from global_kd.ops._triton import cosine, imitation, logits, pool_boxes, relation
 
 STRIDES = "i64"
 
@@ -43,7 +43,17 @@ machine_code(
     imitation._scale_kernel, capability, {"FLAT": True, "BC": 2, "BN": 1024},
     grad="*fp32", member="*fp32", factors="*fp32",
 )
+small = {"pairs": "*i1", "own": "*i1", "weights": "*fp32", "omega": "*fp32", "slope": "*fp32"}
+machine_code(
+    relation._relation_kernel, capability,
+    {"PAIRS": True, "OWN": True, "WEIGHTS": True, "ROBUST": True, "GRAD": True, "BP": 1024},
+    student="*fp32", teacher="*fp32", total="*fp32", beta="fp32", **small,
+)
 for dtype in ("*fp32", "*bf16", "*fp16"):
+    machine_code(cosine._unit_kernel, capability, {"BC": 256}, x=dtype, unit="*fp32")
+    machine_code(
+        cosine._unit_backward_kernel, capability, {"BC": 256}, x=dtype, above="*fp32", grad=dtype
+    )
     small = {"weight": "*fp32", "member": "*fp32"}
     scales = {"scale_foreground": "*fp32", "scale_background": "*fp32"}
     for flat, tile in ((True, (2, 1024)), (False, (512, 4))):
@@ -82,4 +92,4 @@ def test_kernels_compile_for(capability, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 20
+    assert len(result.stdout.splitlines()) == 27

@@ -22,10 +22,14 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
+from global_kd.ops._triton import cosine as twin_cosine
 from global_kd.ops._triton import imitation as twin_imitation
 from global_kd.ops._triton import logits as twin_logits
 from global_kd.ops._triton import pool_boxes as twin_pool
+from global_kd.ops._triton import relation as twin_relation
 from global_kd.ops._triton.pool_boxes import _parts as twin_parts
+from global_kd.ops.dispatch import force
+from global_kd.ops.relation import own_class, relate
 from tests.watch import Graphs, NoFloat64, NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -299,9 +303,14 @@ def test_second_derivatives_are_refused():
     with pytest.raises(RuntimeError, match="no second derivative"):
         imitate(student, random(1, 2, 3, 4), *cell_maps((1, 3, 4)), (1.0, 1.0), create_graph=True)
     logits = random(3, 4).requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        rows = twin_logits.logit_rows(logits, random(3, 4, seed=1), 2.0)
-        torch.autograd.grad(rows.sum(), logits, create_graph=True)
+    rows = [
+        twin_logits.logit_rows(logits, random(3, 4, seed=1), 2.0),
+        twin_cosine.unit_rows(logits),
+        twin_relation.relation_rows(logits, random(3, 4), None, None, None, False, 1.0)[0],
+    ]
+    for out in rows:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(out.sum(), logits, create_graph=True)
 
 
 # --- pooling -----------------------------------------------------------------------------------
@@ -511,6 +520,153 @@ def test_equal_logits_diverge_by_nothing(activation):
     assert (torch.autograd.grad(divergence.sum(), logits)[0] == 0).all()
 
 
+# --- relation ----------------------------------------------------------------------------------
+
+
+def exact_units(x: Tensor) -> Tensor:
+    length = x.norm(dim=-1, keepdim=True)
+    return torch.where(length == 0, 0, x / torch.where(length == 0, 1, length))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (2, 3, 64), (2, 2100), (0, 4), (3, 0)], ids=str)
+def test_unit_rows(shape, dtype):
+    x = random(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]  # not contiguous
+    if len(x) > 1:
+        x[1] = 0
+    x.requires_grad_()
+    z = x.detach().double().requires_grad_()
+    unit, exact = twin_cosine.unit_rows(x), exact_units(z)
+    assert unit.dtype == torch.float32
+    torch.testing.assert_close(unit.double(), exact, rtol=1e-5, atol=1e-6)
+    above = random(*reversed(shape), seed=3).permute(*reversed(range(len(shape))))
+    (grad,) = torch.autograd.grad(unit, x, above)
+    (exact_grad,) = torch.autograd.grad(exact, z, above.double())
+    assert grad.dtype == dtype
+    alive = (z != 0).any(dim=-1)
+    close(grad[alive], exact_grad[alive], atol=1e-5)
+    assert (grad[~alive] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_unit_rows_of_any_length(scale):
+    x = random(3, 9)
+    torch.testing.assert_close(twin_cosine.unit_rows(scale * x), twin_cosine.unit_rows(x))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_unit_rows_do_not_hide_what_is_not_finite(value):
+    x = random(2, 70)
+    x[0, 3] = value
+    unit = twin_cosine.unit_rows(x)
+    assert unit[0].isnan().any() and unit[1].isfinite().all()
+
+
+def exact_relation(q_s, q_t, pairs, own, weights, robust, beta):
+    """Rows and robust weights, float64, one row after another."""
+    shape = q_s.shape[:-1]
+    omega, weight = torch.ones(shape).double(), torch.ones(shape).double()
+    for at in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, len(shape)).tolist():
+        at = tuple(at)
+        if own is not None and own.expand_as(q_s)[at].any():
+            mine = own.expand_as(q_s)[at]
+            omega[at] = (1 - abs(q_s[at][mine].max() - q_t[at][mine].max())).clamp(0, 1).detach()
+    omega = omega.to(q_s.device)
+    weight = omega if robust else weight.to(q_s.device)
+    weight = weights.double() if weights is not None else weight
+    each = torch.nn.functional.smooth_l1_loss(
+        weight[..., None] * q_s, weight[..., None] * q_t, reduction="none", beta=beta
+    )
+    counted = torch.ones_like(each) if pairs is None else pairs.expand_as(each)
+    return (each * counted).sum(dim=-1), omega
+
+
+def check_relation(shape, masks, seed=0, beta=0.3, dtype=torch.float32):
+    levels, rows, prototypes = shape
+    q_s, q_t = (random(*shape, seed=seed + i, dtype=dtype).clamp(-1, 1) for i in (0, 1))
+    q_s.requires_grad_()
+    own = random(*shape, seed=seed + 2) > 0.8 if "own" in masks else None
+    pairs = random(levels, 1, prototypes, seed=seed + 3) > 0 if "pairs" in masks else None
+    weights = random(rows, levels, seed=seed + 4).abs().T if "weights" in masks else None
+    options = pairs, own, weights, "robust" in masks, beta
+    total, omega = twin_relation.relation_rows(q_s, q_t, *options)
+    z = q_s.detach().double().requires_grad_()
+    exact, exact_omega = exact_relation(z, q_t.double(), *options)
+    assert total.dtype == omega.dtype == torch.float32
+    close(total, exact, atol=1e-5)
+    close(omega, exact_omega)
+    assert not omega.requires_grad
+    above = random(*reversed(shape[:2]), seed=seed + 5).T  # not contiguous
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(total, q_s, above, retain_graph=True)
+        (exact_grad,) = torch.autograd.grad(exact, z, above.double(), retain_graph=True)
+        assert grad.dtype == dtype
+        close(grad, exact_grad)
+
+
+MASKS = [(), ("own",), ("own", "robust"), ("pairs", "own", "robust"), ("pairs", "weights")]
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=lambda masks: " ".join(masks) or "nothing")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1, 1), id="one pair"),
+        pytest.param((2, 5, 7), id="odd"),
+        pytest.param((3, 2, 64), id="a full tile"),
+        pytest.param((1, 2, 2500), id="more prototypes than a tile holds"),
+        pytest.param((2, 0, 4), id="no rows"),
+        pytest.param((2, 3, 0), id="no prototypes"),
+    ],
+)
+def test_relation_rows(shape, masks):
+    check_relation(shape, masks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_relation_rows_of_half_precision(dtype):
+    check_relation((2, 5, 7), ("pairs", "own", "robust"), dtype=dtype)
+
+
+@settings(max_examples=15)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40)),
+    st.sampled_from(MASKS),
+    st.integers(0, 99),
+    st.sampled_from([0.1, 1.0]),
+)
+def test_relation_rows_of_any_size(shape, masks, seed, beta):
+    check_relation(shape, masks, seed, beta)
+
+
+def test_uncounted_pairs_may_hold_anything():
+    q_s, q_t, pairs = random(1, 2, 5), random(1, 2, 5, seed=1), torch.ones(1, 1, 5).bool()
+    pairs[..., 3] = False
+    pairs = pairs.to(DEVICE)
+    clean, _ = twin_relation.relation_rows(q_s, q_t, pairs, None, None, False, 1.0)
+    q_s[..., 3] = float("nan")
+    dirty, _ = twin_relation.relation_rows(q_s, q_t, pairs, None, None, False, 1.0)
+    assert torch.equal(clean, dirty) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("own_only", [False, True])
+def test_the_whole_relation_equals_its_definition(own_only):
+    """Rows, matrix products and twins together, on levels of unlike channels."""
+    rows, theirs = random(2, 5, 9), random(2, 5, 6, seed=1)
+    g_s, g_t = random(2, 8, 9, seed=2), random(2, 8, 6, seed=3)
+    own = own_class(
+        torch.arange(16, device=DEVICE).view(2, 8) % 4 - 1, torch.arange(5, device=DEVICE) % 3
+    )
+    results = []
+    for form in ("triton", "definition"):
+        x = rows.clone().requires_grad_()
+        with force(form):
+            pairs = own if own_only else None
+            loss, omega = relate(x, theirs, g_s, g_t, pairs=pairs, beta=0.2, own=own, robust=True)
+        results.append((loss, omega, torch.autograd.grad(3 * loss, x)[0]))
+    torch.testing.assert_close(*results)
+
+
 # --- all of them -------------------------------------------------------------------------------
 
 
@@ -529,6 +685,15 @@ def library_calls():
     spread = (rows, cells, image_index, 2, 4, 6)
     yield "spread", twin_pool._spread, (*spread, torch.float32, False)
     yield "spread, half", twin_pool._spread, (*spread, torch.bfloat16, True)
+    q_s, q_t = random(2, 3, 5).requires_grad_(), random(2, 3, 5, seed=1)
+    own = random(2, 3, 5, seed=2) > 0
+    yield "unit rows", twin_cosine._unit, (logits,)
+    yield "relation", twin_relation._rows, (q_s, q_t, own, own, None, True, 0.5, True)
+    yield (
+        "relation, weights",
+        twin_relation._rows,
+        (q_s, q_t, None, None, q_t[..., 0], False, 1.0, True),
+    )
     yield "rows", twin_logits._rows, (logits, random(4, 7, seed=1), 2.0, True, True)
 
 
@@ -547,8 +712,13 @@ def step(features: Tensor, teacher: Tensor, boxes, logits) -> Tensor:
     scale = 1 / weight.sum().clamp(min=1)
     terms = twin_imitation.imitation_terms(features, teacher, weight, member, scale, scale)
     rows = twin_pool.pool_cells(features, cells, image_index)
+    q = twin_cosine.unit_rows(rows)
+    related, omega = twin_relation.relation_rows(
+        q, q.detach().flip(1), None, q > 0, None, True, 0.5
+    )
     divergence = twin_logits.logit_rows(*logits, 2.0, "sigmoid")
-    return terms[0] + 4 * terms[1] + rows.square().sum() + divergence.sum()
+    both = rows.square().sum() + (omega * related).sum()
+    return terms[0] + 4 * terms[1] + both + divergence.sum()
 
 
 def step_inputs(count: int, layout: str = "contiguous"):

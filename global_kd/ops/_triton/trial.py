@@ -7,6 +7,7 @@ from ..dispatch import force
 from ..imitation import imitation
 from ..logits import divergences
 from ..pool_boxes import pool_boxes
+from ..relation import own_class, relate
 
 
 def trial(device: torch.device) -> None:
@@ -19,6 +20,8 @@ def trial(device: torch.device) -> None:
     corner = random(9, 2) * 60
     boxes = torch.cat([corner, corner + random(9, 2) * 60], dim=1)
     image, weights = torch.arange(9, device=device) % 2, random(9)
+    prototypes = random(11, 37) - 0.5, random(11, 37) - 0.5
+    own = own_class(torch.arange(11, device=device) % 3, torch.arange(9, device=device) % 4)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         student, teacher = random(2, 37, 13, 21).to(dtype), random(2, 37, 13, 21).to(dtype)
         results = []
@@ -30,11 +33,23 @@ def trial(device: torch.device) -> None:
                 pooled = pool_boxes(x, boxes, image, 8.0)
                 logits = 8 * x[:, :, 3, 4], 8 * teacher[:, :, 3, 4]
                 rows = [divergences(*logits, 2.0, kind) for kind in ("softmax", "sigmoid")]
-                total = 3 * fg + bg + 1e-3 * pooled.square().sum() + torch.stack(rows).sum()
+                related, omega = relate(
+                    pooled - 0.5,
+                    pooled.detach().roll(1, dims=1) - 0.5,
+                    *prototypes,
+                    pairs=~own,
+                    beta=0.2,
+                    own=own,
+                    robust=True,
+                )
+                total = (
+                    3 * fg + bg + 1e-3 * pooled.square().sum() + torch.stack(rows).sum() + related
+                )
                 total.backward()
-            results.append([fg, bg, pooled, *rows, torch.zeros(0) if x.grad is None else x.grad])
-        names = "foreground", "background", "pooled", "softmax", "sigmoid", "gradient"
-        for name, twin, defined in zip(names, *results, strict=True):
+            gradient = torch.zeros(0) if x.grad is None else x.grad
+            results.append([fg, bg, pooled, *rows, related, omega, gradient])
+        names = "foreground", "background", "pooled", "softmax", "sigmoid", "relation", "omega"
+        for name, twin, defined in zip((*names, "gradient"), *results, strict=True):
             torch.testing.assert_close(
                 twin,
                 defined,
