@@ -151,6 +151,7 @@ def examine(
             with torch.no_grad():
                 looked, again = look(seen.look.view), look(seen.look.view)
             trial = copy.deepcopy(loss).train()
+            trial.generator.distributed = False  # one rank may look alone
             if not trial.bank.valid.any():  # relations and omega need prototypes: these boxes'
                 trial.generator.min_side = 0.0
                 trial.refresh_every = trial.refresh_every or 1

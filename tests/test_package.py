@@ -54,6 +54,7 @@ def test_that_the_light_test_can_fail(tmp_path):
 # A room imports from rooms of a smaller number, and from itself.
 RANK = {
     "_check": 0,
+    "ranks": 0,
     "ops": 1,
     "targets": 2,
     "pyramid": 2,

@@ -12,6 +12,7 @@ from ..instances import pool_levels
 from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
 from ..pyramid import ADAPTERS, build_adapters, check_pyramids
+from ..ranks import MeanGradients, Ranks
 from ..schedules import Schedule
 from ..targets import Targets
 from .robust_distill import RobustDistillLoss
@@ -48,6 +49,9 @@ class GlobalKnowledgeLoss(nn.Module):
         min_side: Smallest instance side, pixels of the network input.
         max_instances: Sample per class.
         seed: Of the sample and of the adapters' initial values.
+        distributed: Under ``torch.distributed``, make prototypes from the instances of all ranks
+            and average the adapters' gradients over them, whether or not this loss is wrapped in
+            ``DistributedDataParallel``. Every rank must then call the loss equally often.
         **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`.
 
     Example:
@@ -92,6 +96,7 @@ class GlobalKnowledgeLoss(nn.Module):
         min_side: float = 30.0,
         max_instances: int = 800,
         seed: int = 0,
+        distributed: bool = True,
         **rdm: Any,
     ) -> None:
         super().__init__()
@@ -115,7 +120,9 @@ class GlobalKnowledgeLoss(nn.Module):
             min_side=min_side,
             max_instances=max_instances,
             seed=seed,
+            distributed=distributed,
         )
+        self._mean_gradients: MeanGradients | None = None
         self._rdm_options = rdm
         RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
         self._levels: tuple[tuple[float, ...], ...] | None = None
@@ -256,7 +263,20 @@ class GlobalKnowledgeLoss(nn.Module):
             adapted.append(adapt(x.to(weight.dtype) if cast else x))
         return adapted
 
+    def _join_ranks(self) -> None:
+        """Average the adapters' gradients over the ranks, where there are several."""
+        # Sharded parameters are somebody else's to reduce.
+        mine = [p for p in self.parameters() if not hasattr(p, "device_mesh")]
+        joined = self._mean_gradients
+        if joined is None or list(map(id, joined.parameters)) != list(map(id, mine)):
+            ranks = Ranks(self.generator.distributed)
+            if ranks.size == 1 or not mine:
+                return
+            joined = self._mean_gradients = MeanGradients(mine, ranks)
+        joined.begin()
+
     def _before_step(self) -> None:
+        self._join_ranks()
         if self.step == 0 and self.total_steps is None:
             decaying = [n for n, s in self.schedules.items() if s != Schedule("constant")]
             if decaying:
@@ -296,14 +316,15 @@ class GlobalKnowledgeLoss(nn.Module):
         return s[:, :count], t[:, :count]
 
     def refresh(self) -> None:
-        """New prototypes from the rows collected since the last refresh.
+        """New prototypes from the rows collected since the last refresh, on all ranks.
 
         A (level, class) of which none was seen keeps its old ones. Without any rows nothing
-        happens.
+        happens. Collective under ``torch.distributed``, see :class:`global_kd.PrototypeGenerator`.
         """
         self._require_built()
-        if len(self.generator):
-            self.bank.update(self.generator.generate())
+        bank = self.generator.generate_if_any()
+        if bank is not None:
+            self.bank.update(bank)
         self.generator.reset()
 
     def weigh(

@@ -1,29 +1,54 @@
 """Prototype generation module (PGM): collects instances as they pass and makes prototypes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _check
 from ..instances import pool_levels
+from ..ranks import Ranks
 from ..targets import Targets
 from .bank import PrototypeBank
+from .keys import NEVER, digest, keys
 from .select import density_candidates, select_prototypes
 
 _MIN_PENDING = 4096  # rows that may wait before the sample is cut back
 
 
+class _Rows(NamedTuple):
+    """A table of instances."""
+
+    student: Tensor  # float32 (R, L, Cs)
+    teacher: Tensor  # float32 (R, L, Ct)
+    labels: Tensor  # int64 (R,), as all below
+    ids: Tensor  # -1 where unknown
+    keys: Tensor
+    calls: Tensor  # when it was seen; the later of two rows of one instance is kept
+    ties: Tensor  # what decides between two rows of one call
+
+    def take(self, index: Tensor) -> "_Rows":
+        return _Rows(*(x[index] for x in self))
+
+
 class PrototypeGenerator(nn.Module):
     """Collects paired instance rows batch by batch; :meth:`generate` makes the prototypes.
 
-    A fair sample of at most ``max_instances`` rows per class is kept however long the stream: each
-    row draws a key from the generator's own seeded random state, and the smallest keys of a class
-    stay. Adding rows asks nothing of the device; about every 4096 rows the sample is cut back.
+    A fair sample of at most ``max_instances`` instances per class is kept, however long the stream
+    and however skewed the classes: every instance has a pseudo-random key, made of the seed, the
+    number of resets and its id (without ids: of its box, its label and the teacher's features), and
+    the smallest keys of a class stay. So the sample depends on neither the order of the instances
+    nor the ranks they were seen on. An instance that is seen again replaces its older row, since
+    the student has moved on. Adding rows asks nothing of the device; about every 4096 rows the
+    sample is cut back.
 
     Memory: at most ``2 * num_classes * max_instances + 4096`` rows of ``L * (Cs + Ct)`` float32
     numbers; the classes actually seen count.
+
+    Under ``torch.distributed``, :meth:`generate` and :meth:`gather` are collective, unless
+    ``distributed`` is off: every rank ends with the prototypes that one rank would have made of all
+    rows.
 
     Args:
         num_classes: ``K``; labels lie in ``[0, K)``, a background class included or not as the
@@ -37,6 +62,7 @@ class PrototypeGenerator(nn.Module):
             input. (The released code takes 30 pixels of the original image.)
         max_instances: Per class (the released code counts images).
         seed: Of the sample.
+        distributed: Put the rows of all ranks together.
 
     Example:
         >>> import torch
@@ -62,6 +88,7 @@ class PrototypeGenerator(nn.Module):
         min_side: float = 30.0,
         max_instances: int = 800,
         seed: int = 0,
+        distributed: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -82,9 +109,10 @@ class PrototypeGenerator(nn.Module):
         self.quantile = quantile
         self.min_side = min_side
         self.max_instances = max_instances
-        self._random = torch.Generator().manual_seed(seed)
-        # Each entry: student (R, L, Cs), teacher (R, L, Ct), labels, ids, keys (R,).
-        self._rows: list[tuple[Tensor, ...]] = []
+        self.seed = seed
+        self.distributed = distributed
+        self._turn = self._calls = 0
+        self._parts: list[_Rows] = []
         self._kept = self._pending = 0
 
     @torch.no_grad()
@@ -106,24 +134,29 @@ class PrototypeGenerator(nn.Module):
         if student.device.type == "cpu":
             targets.validate(num_classes=self.num_classes)
         for name, x, i in (("student", student, 0), ("teacher", teacher, 1)):
-            if self._rows and self._rows[0][i].shape[1:] != (x.shape[0], x.shape[2]):
-                levels, channels = self._rows[0][i].shape[1:]
+            if self._parts and self._parts[0][i].shape[1:] != (x.shape[0], x.shape[2]):
+                levels, channels = self._parts[0][i].shape[1:]
                 raise ValueError(
                     f"{name}: expected ({levels}, R, {channels}) like the rows before, but got "
                     f"{tuple(x.shape)}"
                 )
+        self._calls += 1
         if len(targets) == 0:
             return
-        keys = torch.rand(len(targets), generator=self._random).to(student.device)
+        mine, theirs = (x.detach().float().transpose(0, 1) for x in (student, teacher))
+        identity, ids = targets.ids, targets.ids
+        if identity is None or ids is None:
+            seen = [targets.boxes.float(), targets.labels[:, None].float(), theirs.flatten(1)]
+            identity, ids = digest(torch.cat(seen, dim=1)), torch.full_like(targets.labels, -1)
         sides = targets.boxes[:, 2:] - targets.boxes[:, :2]
-        # An infinite key is never kept; dropping the row here would make the device wait.
         usable = (sides > self.min_side).all(dim=1)
-        for rows in (student, teacher):
-            usable = usable & rows.isfinite().all(dim=2).all(dim=0)
-        keys = torch.where(usable, keys, torch.inf)
-        ids = torch.full_like(targets.labels, -1) if targets.ids is None else targets.ids
-        paired = (x.detach().float().transpose(0, 1) for x in (student, teacher))
-        self._rows.append((*paired, targets.labels, ids, keys))
+        for rows in (mine, theirs):
+            usable = usable & rows.flatten(1).isfinite().all(dim=1)
+        # Such a key is never kept; dropping the row here would make the device wait.
+        key = torch.where(usable, keys(identity, self.seed, self._turn), NEVER)
+        ties = digest(torch.cat([theirs.flatten(1), mine.flatten(1)], dim=1))
+        calls = torch.full_like(ids, self._calls)
+        self._parts.append(_Rows(mine, theirs, targets.labels, ids, key, calls, ties))
         self._pending += len(targets)
         if self._pending > max(_MIN_PENDING, self._kept):
             self._cut()
@@ -143,60 +176,93 @@ class PrototypeGenerator(nn.Module):
                 targets,
             )
 
-    def _cut(self) -> None:
-        """Keep, of every class, the ``max_instances`` rows of smallest key; sorted by class."""
-        if not self._pending:
-            return
-        student, teacher, labels, ids, keys = (torch.cat(x) for x in zip(*self._rows, strict=True))
-        order = keys.argsort(stable=True)
-        order = order[labels[order].argsort(stable=True)]
-        labels, keys = labels[order], keys[order]
+    def _cut(self) -> _Rows | None:
+        """The ``max_instances`` smallest keys of every class, by class and key, if any."""
+        if self._pending:
+            rows = _Rows(*(torch.cat(x) for x in zip(*self._parts, strict=True)))
+            self._parts = [rows.take(self._sampled(rows))]
+            self._kept, self._pending = len(self._parts[0].labels), 0
+        return self._parts[0] if self._parts else None
+
+    def _sampled(self, rows: _Rows) -> Tensor:
+        """Index of the rows that stay, by class and key: each instance once, as last seen."""
+        order = rows.ties.argsort(stable=True)
+        for column in (-rows.calls, rows.keys, rows.labels):
+            order = order[column[order].argsort(stable=True)]
+        labels, key = rows.labels[order], rows.keys[order]
+        fresh = torch.ones_like(labels, dtype=torch.bool)
+        fresh[1:] = (labels[1:] != labels[:-1]) | (key[1:] != key[:-1])
+        fresh &= key != NEVER
+        order, labels = order[fresh], labels[fresh]
         counts = torch.bincount(labels, minlength=self.num_classes)
         rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels]
-        keep = (rank < self.max_instances) & keys.isfinite()
-        order = order[keep]
-        self._rows = [(student[order], teacher[order], labels[keep], ids[order], keys[keep])]
-        self._kept, self._pending = len(order), 0
+        return order[rank < self.max_instances]
 
     def __len__(self) -> int:
-        """Number of instances kept."""
+        """Number of instances kept on this rank."""
         self._cut()
         return self._kept
 
     def counts(self) -> Tensor:
-        """Instances kept of each class, int64 ``(K,)``."""
-        self._cut()
-        if not self._rows:
+        """Instances of each class kept on this rank, int64 ``(K,)``."""
+        rows = self._cut()
+        if rows is None:
             return torch.zeros(self.num_classes, dtype=torch.int64)
-        return torch.bincount(self._rows[0][2], minlength=self.num_classes)
+        return torch.bincount(rows.labels, minlength=self.num_classes)
 
     def reset(self) -> None:
-        """Forget the rows, not the random state."""
-        self._rows, self._kept, self._pending = [], 0, 0
+        """Forget the rows; the next sample is another one."""
+        self._parts, self._kept, self._pending, self._calls = [], 0, 0, 0
+        self._turn += 1
 
     @torch.no_grad()
     def generate(self) -> PrototypeBank:
-        """Prototypes of every level and class from the rows collected so far.
+        """Prototypes of every level and class from the rows collected so far, on all ranks.
 
         Classes without instances get none. Takes a density cut and a pursuit per level and class
-        seen: on a CPU, some 50 milliseconds for 800 instances of 256 channels.
+        seen: on a CPU, some 50 milliseconds for 800 instances of 256 channels. Several ranks divide
+        the classes among them; a row is sent once, to the rank that needs it.
 
         Raises:
-            RuntimeError: No row was ever added, so levels and channels are unknown.
+            RuntimeError: No row was ever added, so levels and channels are unknown; or another rank
+                failed.
         """
-        self._cut()
-        if not self._rows:
+        bank = self.generate_if_any()
+        if bank is None:
             raise RuntimeError("generate: no instances were added since the last reset")
-        student, teacher, labels, ids, _ = self._rows[0]
-        _, levels, student_channels = student.shape
+        return bank
+
+    @torch.no_grad()
+    def generate_if_any(self) -> PrototypeBank | None:
+        """Like :meth:`generate`, but ``None`` where no rank has a row."""
+        ranks = Ranks(self.distributed)
+        rows = self._shared(ranks)
+        if rows is None:
+            return None
+        bank, problem = None, None
+        try:
+            bank = self._pursue(rows)
+        except Exception as error:  # the others must not wait for this rank
+            problem = error
+        ranks.tell(None, problem)
+        assert bank is not None
+        # What another rank has found is zero here.
+        valid, ids = bank.valid.long(), bank.ids + 1
+        ranks.add(bank.student, bank.teacher, valid, ids)
+        bank.valid.copy_(valid > 0)
+        bank.ids.copy_(ids - 1)
+        return bank
+
+    def _pursue(self, rows: _Rows) -> PrototypeBank:
+        _, levels, student_channels = rows.student.shape
         bank = PrototypeBank(
-            levels, self.num_classes, self.num_prototypes, student_channels, teacher.shape[2]
-        ).to(student.device)
+            levels, self.num_classes, self.num_prototypes, student_channels, rows.teacher.shape[2]
+        ).to(rows.student.device)
         stop = 0
-        for label, count in enumerate(self.counts().tolist()):
+        for label, count in enumerate(torch.bincount(rows.labels).tolist()):
             start, stop = stop, stop + count
             for level in range(levels if count else 0):
-                s, t = student[start:stop, level], teacher[start:stop, level]
+                s, t = rows.student[start:stop, level], rows.teacher[start:stop, level]
                 candidates = density_candidates(
                     s, t, bandwidth=self.bandwidth, quantile=self.quantile
                 )
@@ -206,38 +272,99 @@ class PrototypeGenerator(nn.Module):
                 slots = (level, label, slice(len(picks)))
                 bank.student[slots] = s[picks]
                 bank.teacher[slots] = t[picks]
-                bank.ids[slots] = ids[start:stop][picks]
+                bank.ids[slots] = rows.ids[start:stop][picks]
                 bank.valid[slots] = True
         return bank
 
+    def _shared(self, ranks: Ranks, owner: int | None = None) -> _Rows | None:
+        """The sample of all ranks: here the rows of the classes that this rank is to work on.
+
+        Args:
+            ranks: Of the job.
+            owner: The rank that gets all classes; without it they are divided.
+        """
+        rows, counts, problem = None, [0] * self.num_classes, None
+        try:
+            rows, counts = self._cut(), self.counts().tolist()
+        except Exception as error:
+            problem = error
+        shape = None if rows is None else (*rows.student.shape[1:], rows.teacher.shape[2])
+        told = ranks.tell((shape, counts), problem)
+        shapes = {shape for shape, _ in told if shape is not None}
+        if ranks.size == 1 or not shapes:
+            return rows
+        if len(shapes) > 1 or len({len(counts) for _, counts in told}) > 1:
+            raise ValueError(
+                "generate: expected rows of one shape (levels, student channels, teacher channels) "
+                f"and one number of classes on all ranks, but got {told}"
+            )
+        if rows is None:
+            levels, student_channels, teacher_channels = shapes.pop()
+            none = torch.zeros(0, dtype=torch.int64, device=ranks.device)
+            rows = _Rows(
+                torch.zeros(0, levels, student_channels, device=ranks.device),
+                torch.zeros(0, levels, teacher_channels, device=ranks.device),
+                *(none, none, none, none, none),
+            )
+        # The largest classes first, so that no rank gets many of them.
+        totals = torch.tensor([counts for _, counts in told]).sum(dim=0)
+        owners = torch.zeros(self.num_classes, dtype=torch.int64)
+        owners[totals.argsort(descending=True, stable=True)] = (
+            torch.arange(self.num_classes) % ranks.size if owner is None else owner
+        )
+        to = owners.to(rows.labels.device)[rows.labels]
+        order = to.argsort(stable=True)
+        rows, to = rows.take(order), to[order]
+        # First the columns that decide, then only the rows that stay.
+        columns, source = ranks.deal(rows[2:], to)
+        sampled = self._sampled(_Rows(columns[0], columns[0], *columns))
+        stays = torch.zeros(len(source), dtype=torch.bool, device=source.device)
+        stays[sampled] = True
+        (stays,), _ = ranks.deal([stays], source)
+        arrived, _ = ranks.deal(rows.take(stays), to[stays])
+        merged = _Rows(*arrived)
+        return merged.take(self._sampled(merged))
+
+    def gather(self) -> None:
+        """Move the rows of all ranks to rank 0, so that its ``state_dict`` holds them all.
+
+        Collective; for checkpoints that only rank 0 writes and every rank loads. Afterwards rank 0
+        holds the union of the samples and the others none; the next :meth:`generate` gives the same
+        prototypes as without, also where every rank has loaded the union.
+        """
+        ranks = Ranks(self.distributed)
+        rows = self._shared(ranks, owner=0)
+        self._parts = [] if rows is None else [rows]
+        self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
+
     def get_extra_state(self) -> dict[str, Any]:
-        """The sample and the random state, for ``state_dict``."""
-        self._cut()
+        """The sample of this rank, for ``state_dict``; see :meth:`gather`."""
+        rows = self._cut()
         return {
-            "rows": list(self._rows[0]) if self._rows else [],
-            "random": self._random.get_state(),
+            "rows": {} if rows is None else dict(zip(_Rows._fields, rows, strict=True)),
+            "seed": self.seed,
+            "turn": self._turn,
+            "calls": self._calls,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continue exactly where :meth:`get_extra_state` was taken."""
-        self.reset()
-        if state["rows"]:
-            labels = state["rows"][2]
-            if len(labels) and int(labels.max()) >= self.num_classes:
-                raise ValueError(
-                    f"state_dict: expected labels below {self.num_classes}, but the saved sample "
-                    f"holds {int(labels.max())}; it was made for other classes"
-                )
-            self._rows = [tuple(state["rows"])]
-            self._kept = len(labels)
-        self._random.set_state(state["random"].cpu())
+        rows = _Rows(**state["rows"]) if state["rows"] else None
+        if rows is not None and len(rows.labels) and int(rows.labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"state_dict: expected labels below {self.num_classes}, but the saved sample "
+                f"holds {int(rows.labels.max())}; it was made for other classes"
+            )
+        self._parts = [] if rows is None else [rows]
+        self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
+        self.seed, self._turn, self._calls = (int(state[x]) for x in ("seed", "turn", "calls"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeGenerator":
         """Rows follow ``.to(device)``; their dtypes stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._rows = [
-            tuple(x.to(fn(torch.empty(0, device=x.device)).device) for x in rows)
-            for rows in self._rows
+        self._parts = [
+            _Rows(*(x.to(fn(torch.empty(0, device=x.device)).device) for x in rows))
+            for rows in self._parts
         ]
         return self
 

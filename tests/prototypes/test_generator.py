@@ -81,7 +81,7 @@ def test_a_sample_per_class_is_kept_however_long_and_skewed_the_stream():
         ids = torch.arange(300) + 300 * batch
         x = torch.randn(1, 300, 2)
         generator.add(x, x, targets_for(labels, ids=ids))
-        held = sum(len(r[2]) for r in generator._rows)
+        held = sum(len(part.labels) for part in generator._parts)
         assert held <= 2 * 2 * 50 + 4096 + 300  # the documented bound, one batch above it
     assert generator.counts().tolist() == [50, 2]
 
@@ -96,7 +96,7 @@ def test_the_sample_is_fair_over_the_stream():
             ids = torch.arange(20) + 20 * batch
             generator.add(x, x, targets_for(torch.zeros(20, dtype=torch.int64), ids=ids))
             len(generator)  # cut after every batch, the worst case for fairness
-        kept.append(generator._rows[0][3])
+        kept.append(generator._parts[0].ids)
     thirds = torch.cat(kept).float().div(200 / 3).long().bincount(minlength=3) / (40 * 20)
     # 800 draws: a standard deviation of .0167 about 1/3
     assert thirds.tolist() == pytest.approx([1 / 3] * 3, abs=0.06)
