@@ -270,8 +270,9 @@ class GlobalKnowledgeLoss(nn.Module):
         joined = self._mean_gradients
         if joined is None or list(map(id, joined.parameters)) != list(map(id, mine)):
             ranks = Ranks(self.generator.distributed)
-            if ranks.size == 1 or not mine:
+            if ranks.size == 1:
                 return
+            self.generator.seed = ranks.tell(self.generator.seed)[0]
             joined = self._mean_gradients = MeanGradients(mine, ranks)
         joined.begin()
 

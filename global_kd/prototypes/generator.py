@@ -289,15 +289,26 @@ class PrototypeGenerator(nn.Module):
         except Exception as error:
             problem = error
         shape = None if rows is None else (*rows.student.shape[1:], rows.teacher.shape[2])
-        told = ranks.tell((shape, counts), problem)
-        shapes = {shape for shape, _ in told if shape is not None}
+        same = {
+            "seed": self.seed,
+            "resets": self._turn,
+            "max_instances": self.max_instances,
+            "num_classes": self.num_classes,
+        }
+        told = ranks.tell((same, shape, counts), problem)
+        for rank, (facts, _, _) in enumerate(told):
+            if facts != told[0][0]:
+                raise ValueError(
+                    f"generate: expected {told[0][0]} as on rank 0, but rank {rank} has {facts}"
+                )
+        shapes = {shape for _, shape, _ in told if shape is not None}
+        if len(shapes) > 1:
+            raise ValueError(
+                "generate: expected rows of one (levels, student channels, teacher channels) on "
+                f"all ranks, but got {shapes}"
+            )
         if ranks.size == 1 or not shapes:
             return rows
-        if len(shapes) > 1 or len({len(counts) for _, counts in told}) > 1:
-            raise ValueError(
-                "generate: expected rows of one shape (levels, student channels, teacher channels) "
-                f"and one number of classes on all ranks, but got {told}"
-            )
         if rows is None:
             levels, student_channels, teacher_channels = shapes.pop()
             none = torch.zeros(0, dtype=torch.int64, device=ranks.device)
@@ -307,7 +318,7 @@ class PrototypeGenerator(nn.Module):
                 *(none, none, none, none, none),
             )
         # The largest classes first, so that no rank gets many of them.
-        totals = torch.tensor([counts for _, counts in told]).sum(dim=0)
+        totals = torch.tensor([counts for _, _, counts in told]).sum(dim=0)
         owners = torch.zeros(self.num_classes, dtype=torch.int64)
         owners[totals.argsort(descending=True, stable=True)] = (
             torch.arange(self.num_classes) % ranks.size if owner is None else owner
