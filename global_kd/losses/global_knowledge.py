@@ -48,6 +48,8 @@ class GlobalKnowledgeLoss(nn.Module):
         min_side: Smallest instance side, pixels of the network input.
         max_instances: Sample per class.
         seed: Of the sample and of the adapters' initial values.
+        class_names: Of each class, the background included if it is counted; kept in the bank, so
+            that it can be read and one for other classes is refused.
         **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`.
 
     Example:
@@ -92,6 +94,7 @@ class GlobalKnowledgeLoss(nn.Module):
         min_side: float = 30.0,
         max_instances: int = 800,
         seed: int = 0,
+        class_names: Sequence[str] | None = None,
         **rdm: Any,
     ) -> None:
         super().__init__()
@@ -116,6 +119,8 @@ class GlobalKnowledgeLoss(nn.Module):
             max_instances=max_instances,
             seed=seed,
         )
+        _check.class_names(class_names, num_classes)
+        self._class_names = class_names
         self._rdm_options = rdm
         RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
         self._levels: tuple[tuple[float, ...], ...] | None = None
@@ -169,6 +174,8 @@ class GlobalKnowledgeLoss(nn.Module):
             self.generator.num_prototypes,
             max(student_channels),
             max(teacher_channels),
+            strides=strides,
+            class_names=self._class_names,
         )
 
     @property
