@@ -55,13 +55,11 @@ class PrototypeBank(nn.Module):
         >>> bank.valid[:, 1, :3], bank.student[:, 1, :3] = True, 1.0
         >>> bank.save("bank.pt")
         >>> print(PrototypeBank.load("bank.pt"))
-        PrototypeBank of 2 levels, 3 classes, 4 slots each; 8 student and 16 teacher channels
+        PrototypeBank: levels 2, classes 3, slots 4; channels 8 (student), 16 (teacher)
         made with global_kd ...; teacher unknown; 0 of 6 prototypes with the id of their instance
-        <BLANKLINE>
         stride  prototypes  classes  cosine in student  in teacher
              8     3 of 12   1 of 3               1.00        0.00
             16     3 of 12   1 of 3               1.00        0.00
-        <BLANKLINE>
         classes without prototypes: ant, cow
     """
 
@@ -247,11 +245,10 @@ class PrototypeBank(nn.Module):
             )
         known = int((self.valid & (self.ids >= 0)).sum())
         lines = [
-            f"PrototypeBank of {levels} levels, {classes} classes, {slots} slots each; "
-            f"{student.shape[-1]} student and {teacher.shape[-1]} teacher channels",
+            f"PrototypeBank: levels {levels}, classes {classes}, slots {slots}; channels "
+            f"{student.shape[-1]} (student), {teacher.shape[-1]} (teacher)",
             f"made with global_kd {self.version}; teacher {self.teacher_fingerprint or 'unknown'}; "
             f"{known} of {int(counts.sum())} prototypes with the id of their instance",
-            "",
             *_right_aligned(table),
         ]
         empty = (counts.sum(dim=0) == 0).nonzero()[:, 0].tolist()
@@ -259,7 +256,7 @@ class PrototypeBank(nn.Module):
             names = self.class_names or [str(i) for i in range(classes)]
             more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
             listed = ", ".join(names[i] for i in empty[:_NAMED])
-            lines += ["", f"classes without prototypes: {listed}{more}"]
+            lines.append(f"classes without prototypes: {listed}{more}")
         return "\n".join(lines)
 
 
