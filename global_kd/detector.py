@@ -313,8 +313,8 @@ def fingerprint(model: nn.Module) -> str:
     """What tells one trained detector from another: 16 hexadecimal digits.
 
     SHA-256 over names, dtypes, shapes and bytes of all tensors in the ``state_dict``: the same on
-    every device and in every process, compiled or not; another number type is another detector. On
-    a CPU with SHA instructions 0.13 s for 60 million float32 parameters.
+    every device and in every process, compiled or not; another number type is another detector. For
+    Faster R-CNN with a ResNet-50 (44 million parameters) 0.1 to 0.2 s on one core of a CPU.
     """
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):

@@ -144,8 +144,8 @@ class Distiller(nn.Module):
             Scalars by name, ``{}`` where all weights are 0.
 
         Raises:
-            ValueError: A tap that did not fire exactly once since the student's forward began, and
-                whatever does not fit.
+            ValueError: A tap that did not fire exactly once since the student's forward began, in
+                the first step a bank with another teacher's prototypes, and whatever does not fit.
         """
         if not self.loss.active:
             return {}
@@ -300,7 +300,7 @@ class Distiller(nn.Module):
         A batch is a pair of images and targets, or whatever else the student is called with.
 
         Every image is read once, by both detectors in eval mode. Rows collected from the training
-        stream so far are dropped.
+        stream so far are dropped, and so are prototypes in the bank that are not this teacher's.
         """
         self.loss.generator.reset()
         signature = self._signature()
@@ -325,7 +325,7 @@ class Distiller(nn.Module):
 
         An id must mean the same pixels as when the prototypes were made: best a bank that
         :meth:`refresh` made, and the same loader, without random augmentation. A loader of the
-        images that hold ``bank.ids`` is enough.
+        images that hold ``bank.ids`` is enough. On several ranks every one reads them all.
 
         Args:
             bank: Such as :meth:`global_kd.PrototypeBank.load` reads it.
@@ -348,11 +348,15 @@ class Distiller(nn.Module):
         with evaluating(self._models[0]):
             for batch in _with_progress(loader) if progress else loader:
                 seen = self._student.observe(*_arguments(batch))
+                if not len(seen.truth):
+                    continue
                 if seen.truth.ids is None:
                     raise ValueError(
                         "loader: expected targets with ids, by which the instances behind the "
                         "prototypes are found, but got some without"
                     )
+                # The student's whole grids: where the teacher's are a cell smaller, only a box that
+                # reaches into that last cell is pooled otherwise than in training.
                 maps = [seen.look.maps[i] for i in self._levels[0]]
                 adoption.offer(maps, seen.truth, seen.truth.ids, self.loss.rdm.strides)
                 if not adoption.missing:
@@ -398,18 +402,16 @@ class Distiller(nn.Module):
         own = self.loss.bank
         if not isinstance(bank, PrototypeBank):
             raise TypeError(f"bank: expected a PrototypeBank, but got {type(bank).__name__}")
-        (levels, classes, _), channels = own.valid.shape, own.teacher.shape[-1]
         mine, theirs = own.get_extra_state(), bank.get_extra_state()
         for name, expected, came in (
             ("teacher", self._signature(), bank.teacher_fingerprint),
-            ("levels", levels, bank.valid.shape[0]),
-            ("classes", classes, bank.valid.shape[1]),
-            ("teacher channels", channels, bank.teacher.shape[-1]),
+            ("strides", mine["strides"], theirs["strides"]),
+            ("levels", own.valid.shape[0], bank.valid.shape[0]),
+            ("classes", own.valid.shape[1], bank.valid.shape[1]),
+            ("teacher channels", own.teacher.shape[-1], bank.teacher.shape[-1]),
         ):
             if came != expected:
                 raise ValueError(f"bank: expected {name} {expected!r}, but got {came!r}")
-        if bank.strides is None:
-            raise ValueError(f"bank: expected the strides {mine['strides']}, but got None")
         refuse_other(mine, theirs, "bank: ")
         without = int((bank.valid & (bank.ids < 0)).sum())
         if without or not bank.valid.any():

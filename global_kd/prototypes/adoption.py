@@ -16,21 +16,22 @@ class Adoption:
     An instance is known by its id and class; the first that turns up is taken.
 
     Args:
-        bank: Its teacher rows stay. Of more slots than ``own`` has, the first are used: those that
+        bank: Its teacher rows stay. Of more prototypes than ``own`` has slots, those are used that
             the pursuit picked first.
         own: The bank of the new student, which :meth:`fill` fills; of the same levels, classes and
             teacher channels.
     """
 
     def __init__(self, bank: PrototypeBank, own: PrototypeBank) -> None:
-        slots = min(bank.valid.shape[2], own.valid.shape[2])
-        at = bank.valid[:, :, :slots].nonzero()
+        slot = bank.valid.cumsum(dim=2) - 1  # its place in ``own``, which has no gaps
+        taken = bank.valid & (slot < own.valid.shape[2])
         self._own, self._origin = own, bank.get_extra_state()
-        self._at = at.to(own.valid.device).unbind(dim=1)  # level, class, slot, (P,) each
+        levels, labels, _ = taken.nonzero().to(own.valid.device).unbind(dim=1)
+        self._at = levels, labels, slot[taken].to(own.valid.device)  # (P,) each
         # Copies, so that a bank may be its own successor.
-        self._ids = bank.ids[at.unbind(dim=1)].to(own.ids)
-        self._teacher = bank.teacher[at.unbind(dim=1)].to(own.teacher)
-        self._student = own.student.new_zeros(len(at), own.student.shape[-1])
+        self._ids = bank.ids[taken].to(own.ids)
+        self._teacher = bank.teacher[taken].to(own.teacher)
+        self._student = own.student.new_zeros(len(self), own.student.shape[-1])
         self._found = torch.zeros_like(self._ids, dtype=torch.bool)
 
     def __len__(self) -> int:

@@ -336,12 +336,13 @@ def search(bank, own, *batches, maps=MAPS):
 
 def test_adoption_is_pooling_of_the_boxes_with_these_ids():
     bank = filled()
+    bank.valid[0, 0, 0], bank.ids[0, 0, 0] = True, 0
     own = PrototypeBank(LEVELS, CLASSES, 3, 7, CT, strides=(8, 16))  # one slot more
     labels = {int(i): c for level in bank.ids for c, ids in enumerate(level) for i in ids if i >= 0}
-    first = seen([99, *range(1, 7), 1], [0, *(labels[i] for i in range(1, 7)), 0])  # 1 twice
+    first = seen([99, *range(7), 1], [0, *(labels[i] for i in range(7)), 0])  # 1 twice
     second = seen([*range(7, 11), 5], [*(labels[i] for i in range(7, 11)), 2], seed=1)
     adoption = search(bank, own, first, second)
-    assert (len(adoption), adoption.missing) == (10, 0)
+    assert (len(adoption), adoption.missing) == (11, 0)
     adoption.fill()
     assert origin(own) == origin(bank)
     assert torch.equal(own.valid[:, :, :SLOTS], bank.valid) and not own.valid[:, :, SLOTS].any()
@@ -371,11 +372,11 @@ def test_a_row_that_is_not_finite_waits_for_the_next():
     assert adoption.missing == 9
 
 
-def test_of_more_slots_the_first_are_used_and_what_is_lost_is_empty():
+def test_of_more_prototypes_the_first_are_used_and_what_is_lost_is_empty():
     bank, own = filled(), PrototypeBank(LEVELS, CLASSES, 1, 7, CT, class_names=NAMES)
     own.valid[:] = True  # what it held before goes
     adoption = search(bank, own, seen([2, 3, 4], [1, 1, 2]))
-    assert len(adoption) == 5  # six first slots, of which one is empty
+    assert len(adoption) == 6  # the first of each; of class 0 on level 0 that is the second slot
     adoption.fill()
     assert own.ids.flatten().tolist() == [-1, 2, 4, -1, -1, -1]
     assert torch.equal(own.valid, own.ids >= 0)
