@@ -5,6 +5,7 @@ Importing this package imports torch and numpy, nothing else.
 
 from . import functional as functional
 from . import integrations as integrations
+from ._version import __version__ as __version__
 from .detector import Pixels as Pixels
 from .distiller import Distiller as Distiller
 from .hooks import FeatureTap as FeatureTap
@@ -16,8 +17,6 @@ from .prototypes.bank import PrototypeBank as PrototypeBank
 from .prototypes.generator import PrototypeGenerator as PrototypeGenerator
 from .schedules import Schedule as Schedule
 from .targets import Targets as Targets
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Distiller",

@@ -5,7 +5,7 @@ Only shapes, dtypes and devices are looked at here; they cost nothing on any dev
 wait, so they are done once, by :class:`global_kd.Targets`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,18 @@ def not_negative(name: str, value: float) -> None:
     """A finite number >= 0."""
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite number >= 0, but got {value!r}")
+
+
+def class_names(names: Sequence[str] | None, num_classes: int) -> None:
+    """One string per class, or ``None``."""
+    if names is None:
+        return
+    if isinstance(names, str) or not all(isinstance(x, str) for x in names):
+        raise TypeError(f"class_names: expected a sequence of strings, but got {names!r}")
+    if len(names) != num_classes:
+        raise ValueError(
+            f"class_names: expected {num_classes} names, one per class, but got {len(names)}"
+        )
 
 
 def boxes(boxes: Tensor, image_index: Tensor) -> None:

@@ -16,11 +16,14 @@ from .detector import (
     Seen,
     View,
     detector_of,
+    fingerprint,
     translate,
 )
 from .doctor import Report, examine
 from .hooks import FeatureTap, evaluating, infer_strides, unwrap
 from .losses.global_knowledge import GlobalKnowledgeLoss
+from .prototypes.adoption import Adoption
+from .prototypes.bank import PrototypeBank, refuse_other
 from .pyramid import align_levels, pair_levels
 from .targets import Targets
 
@@ -141,8 +144,8 @@ class Distiller(nn.Module):
             Scalars by name, ``{}`` where all weights are 0.
 
         Raises:
-            ValueError: A tap that did not fire exactly once since the student's forward began, and
-                whatever does not fit.
+            ValueError: A tap that did not fire exactly once since the student's forward began, in
+                the first step a bank with another teacher's prototypes, and whatever does not fit.
         """
         if not self.loss.active:
             return {}
@@ -152,6 +155,8 @@ class Distiller(nn.Module):
             looked = self._look(seen.look.view)
         if self._calls == 0:
             self._check_values(seen)
+            if self.training and self.loss.rdm.uses_prototypes:
+                self._sign_bank()
         terms = self._pass_on(self.loss, seen, looked)
         self._watch_adapters()
         return terms
@@ -295,15 +300,125 @@ class Distiller(nn.Module):
         A batch is a pair of images and targets, or whatever else the student is called with.
 
         Every image is read once, by both detectors in eval mode. Rows collected from the training
-        stream so far are dropped.
+        stream so far are dropped, and so are prototypes in the bank that are not this teacher's.
         """
         self.loss.generator.reset()
+        signature = self._signature()
         with evaluating(*self._models):
             for batch in _with_progress(loader) if progress else loader:
                 seen = self._student.observe(*_arguments(batch))
                 pair = self._paired(seen.look, self._look(seen.look.view))
                 self.loss.generator.add_features(*pair, seen.truth, self.loss.rdm.strides)
+        if self.loss.bank.teacher_fingerprint != signature:  # no mixture of two teachers
+            self.loss.bank.clear()
+            self.loss.bank.teacher_fingerprint = signature
         self.loss.refresh()
+
+    @torch.no_grad()
+    def adopt(self, bank: PrototypeBank, loader: Iterable[Any], *, progress: bool = True) -> None:
+        """Use the prototypes that another student of this teacher was distilled with.
+
+        Their teacher rows stay as they are, so the teacher does not run. The student's rows are
+        pooled anew: the student, in eval mode, reads the batches of a loader until every instance
+        behind a prototype has turned up, known by its id (:class:`global_kd.Targets` ``ids``) and
+        class. The bank of the loss is replaced; ``bank`` stays as it is.
+
+        An id must mean the same pixels as when the prototypes were made: best a bank that
+        :meth:`refresh` made, and the same loader, without random augmentation. A loader of the
+        images that hold ``bank.ids`` is enough. On several ranks every one reads them all.
+
+        Args:
+            bank: Such as :meth:`global_kd.PrototypeBank.load` reads it.
+            loader: Batches as for :meth:`refresh`, their targets with ids.
+            progress: Show a bar, where tqdm is installed.
+
+        Raises:
+            ValueError: A bank of another teacher, other levels, classes or teacher channels, an
+                empty one, or one without ids; targets without ids; no instance found. The loss then
+                keeps the bank it had.
+
+        Warns:
+            UserWarning: Some instances were not found: their prototypes are dropped.
+
+        Example:
+            >>> kd.adopt(PrototypeBank.load("bank.safetensors"), loader)  # doctest: +SKIP
+        """
+        self._refuse_stranger(bank)
+        adoption = Adoption(bank, self.loss.bank)
+        with evaluating(self._models[0]):
+            for batch in _with_progress(loader) if progress else loader:
+                seen = self._student.observe(*_arguments(batch))
+                if not len(seen.truth):
+                    continue
+                if seen.truth.ids is None:
+                    raise ValueError(
+                        "loader: expected targets with ids, by which the instances behind the "
+                        "prototypes are found, but got some without"
+                    )
+                # The student's whole grids: where the teacher's are a cell smaller, only a box that
+                # reaches into that last cell is pooled otherwise than in training.
+                maps = [seen.look.maps[i] for i in self._levels[0]]
+                adoption.offer(maps, seen.truth, seen.truth.ids, self.loss.rdm.strides)
+                if not adoption.missing:
+                    break
+        wanted, missing = len(adoption), adoption.missing
+        if missing == wanted:
+            ids = bank.ids[bank.valid]
+            raise ValueError(
+                f"loader: expected instances of the bank (ids between {int(ids.min())} and "
+                f"{int(ids.max())}, with the class of their prototype), but got none"
+            )
+        if missing:
+            warnings.warn(
+                f"adopt: {missing} of {wanted} prototypes of the bank are dropped, since the "
+                "loader did not bring their instances",
+                stacklevel=2,
+            )
+        adoption.fill()
+
+    def _signature(self) -> str:
+        """What the teacher's features depend on: its weights, where they are read, its scale."""
+        parts = [fingerprint(self._models[1])]
+        if isinstance(self._teacher, ModuleDetector):
+            parts.append(f"at {self._teacher.taps['features']}")
+        if self._scale != 1:
+            parts.append(f"scale {self._scale:g}")
+        return ", ".join(parts)
+
+    def _sign_bank(self) -> None:
+        """Before training: prototypes to come are this teacher's, and so must those there be."""
+        bank, signature = self.loss.bank, self._signature()
+        if not bank.valid.any():
+            bank.teacher_fingerprint = signature
+        elif bank.teacher_fingerprint not in (None, signature):
+            raise ValueError(
+                f"teacher: expected that of the prototypes in the bank, "
+                f"{bank.teacher_fingerprint!r}, but got {signature!r}; kd.loss.bank.clear() "
+                "forgets them, kd.refresh(loader) makes new ones"
+            )
+
+    def _refuse_stranger(self, bank: PrototypeBank) -> None:
+        """Raise where the teacher rows of a bank would mean something else here."""
+        own = self.loss.bank
+        if not isinstance(bank, PrototypeBank):
+            raise TypeError(f"bank: expected a PrototypeBank, but got {type(bank).__name__}")
+        mine, theirs = own.get_extra_state(), bank.get_extra_state()
+        for name, expected, came in (
+            ("teacher", self._signature(), bank.teacher_fingerprint),
+            ("strides", mine["strides"], theirs["strides"]),
+            ("levels", own.valid.shape[0], bank.valid.shape[0]),
+            ("classes", own.valid.shape[1], bank.valid.shape[1]),
+            ("teacher channels", own.teacher.shape[-1], bank.teacher.shape[-1]),
+        ):
+            if came != expected:
+                raise ValueError(f"bank: expected {name} {expected!r}, but got {came!r}")
+        refuse_other(mine, theirs, "bank: ")
+        without = int((bank.valid & (bank.ids < 0)).sum())
+        if without or not bank.valid.any():
+            raise ValueError(
+                "bank: expected prototypes with the ids of their instances (Targets(ids=...), or "
+                f"'ids' beside 'boxes'), but got {int(bank.valid.sum())}, {without} without"
+            )
 
     def detach(self) -> None:
         """Take all hooks off both detectors; nothing else was changed."""

@@ -55,6 +55,7 @@ def test_that_the_light_test_can_fail(tmp_path):
 RANK = {
     "_check": 0,
     "ranks": 0,
+    "_version": 0,
     "ops": 1,
     "targets": 2,
     "pyramid": 2,
@@ -76,7 +77,7 @@ USERS = {
 # The third parties of every room. Inside a function only: frameworks in integrations, comforts
 # anywhere. Triton only by its twins, which ops import late.
 THIRD_PARTIES = {"torch", "numpy"}
-COMFORTS = {"tqdm"}
+COMFORTS = {"tqdm", "safetensors"}
 
 
 def room(module: str) -> str:
@@ -199,6 +200,9 @@ def test_that_the_arrow_test_can_fail(module, source, complaint):
             id="a framework when it is in hand",
         ),
         pytest.param("global_kd.distiller", "def f():\n    from tqdm.auto import tqdm", id="a bar"),
+        pytest.param(
+            "global_kd.prototypes.x", "def f():\n    import safetensors", id="a file format"
+        ),
         pytest.param(
             "global_kd.ops.x",
             "import typing\nif typing.TYPE_CHECKING:\n    from ..targets import Targets",

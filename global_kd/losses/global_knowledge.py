@@ -52,6 +52,8 @@ class GlobalKnowledgeLoss(nn.Module):
         distributed: Under ``torch.distributed``, make prototypes from the instances of all ranks
             and average the adapters' gradients over them, whether or not this loss is wrapped in
             ``DistributedDataParallel``. Every rank must then call the loss equally often.
+        class_names: Of each class, the background included if it is counted; kept in the bank, so
+            that it can be read and one for other classes is refused.
         **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`.
 
     Example:
@@ -97,6 +99,7 @@ class GlobalKnowledgeLoss(nn.Module):
         max_instances: int = 800,
         seed: int = 0,
         distributed: bool = True,
+        class_names: Sequence[str] | None = None,
         **rdm: Any,
     ) -> None:
         super().__init__()
@@ -123,6 +126,8 @@ class GlobalKnowledgeLoss(nn.Module):
             distributed=distributed,
         )
         self._mean_gradients: MeanGradients | None = None
+        _check.class_names(class_names, num_classes)
+        self._class_names = class_names
         self._rdm_options = rdm
         RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
         self._levels: tuple[tuple[float, ...], ...] | None = None
@@ -176,6 +181,8 @@ class GlobalKnowledgeLoss(nn.Module):
             self.generator.num_prototypes,
             max(student_channels),
             max(teacher_channels),
+            strides=strides,
+            class_names=self._class_names,
         )
 
     @property
