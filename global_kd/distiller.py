@@ -276,6 +276,10 @@ class Distiller(nn.Module):
             print(report)
         return report
 
+    def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
+        """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`."""
+        return self.loss.telemetry(detection_loss)
+
     @torch.no_grad()
     def weigh(self, images: Any, targets: Any = None) -> tuple[Targets, Tensor]:
         """Robust weights of the ground-truth boxes of a batch, in eval mode, without side effects.
