@@ -6,6 +6,7 @@ wait, so they are done once, by :class:`global_kd.Targets`.
 """
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -69,6 +70,15 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(
             f"{name}: expected one of {', '.join(map(repr, choices))}, but got {value!r}"
         )
+
+
+def scalar(name: str, x: object) -> None:
+    """A number, or a tensor of one."""
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise ValueError(f"{name}: expected a scalar, but got shape {tuple(x.shape)}")
+    elif not isinstance(x, Real):
+        raise TypeError(f"{name}: expected a scalar, but got {type(x).__name__}")
 
 
 def positive(name: str, value: float) -> None:

@@ -129,6 +129,7 @@ class Distiller(nn.Module):
         self._tap = FeatureTap(student, self._student.taps, inputs=self._student.inputs)
         self._adapter_versions = {n: p._version for n, p in loss.named_parameters()}
         self._calls = 0
+        self._told_of_gradients = False
 
     def forward(self, images: Any, targets: Any = None) -> dict[str, Tensor]:
         """The terms of this step, after the student's own forward ran in training mode.
@@ -157,6 +158,7 @@ class Distiller(nn.Module):
             self._check_values(seen)
             if self.training and self.loss.rdm.uses_prototypes:
                 self._sign_bank()
+        self._watch_gradients(seen.look.maps)
         terms = self._pass_on(self.loss, seen, looked)
         self._watch_adapters()
         return terms
@@ -221,6 +223,24 @@ class Distiller(nn.Module):
                     num_classes=self.loss.generator.num_classes, num_images=len(seen.look.maps[0])
                 )
 
+    def _watch_gradients(self, maps: Sequence[Tensor]) -> None:
+        """Once: terms from which the student learns nothing."""
+        rdm = self.loss.rdm
+        if self._told_of_gradients or not (self.training and torch.is_grad_enabled()):
+            return
+        if any(x.requires_grad for x in maps) or not (rdm.imitates or rdm.relation > 0):
+            return
+        if not any(p.requires_grad for p in self._models[0].parameters()):
+            return
+        self._told_of_gradients = True
+        warnings.warn(
+            "Distiller: the student's feature maps carry no gradient, so imitation and relation "
+            "teach it nothing. Run its training forward outside torch.no_grad(), and checkpoint "
+            f"what puts out {', '.join(self._student.taps.values())} with use_reentrant=False. "
+            "If these layers are frozen on purpose, ignore this",
+            stacklevel=3,
+        )
+
     def _watch_adapters(self) -> None:
         self._calls += self.training
         if self._calls != _STEPS_UNTIL_WARNING:
@@ -280,6 +300,10 @@ class Distiller(nn.Module):
         if verbose:
             print(report)
         return report
+
+    def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
+        """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`."""
+        return self.loss.telemetry(detection_loss)
 
     @torch.no_grad()
     def weigh(self, images: Any, targets: Any = None) -> tuple[Targets, Tensor]:

@@ -78,9 +78,10 @@ class FeatureTap:
     """Records the outputs of named modules while the model runs.
 
     Only what happens inside a forward call of ``model`` is recorded, and each call starts afresh:
-    recomputation during the backward pass of activation checkpointing is not seen. Copies of the
-    model (EMA) and pickles carry no hook and no tensor. With ``torch.compile``, attach first, then
-    compile.
+    recomputation during the backward pass of activation checkpointing is not seen. Calls in train
+    and in eval mode are recorded apart, so an evaluation between a training forward and
+    :meth:`read` does no harm. Copies of the model (EMA) and pickles carry no hook and no tensor.
+    With ``torch.compile``, attach first, then compile.
 
     Args:
         model: The detector, bare or wrapped (``DataParallel``, DDP, ``torch.compile``).
@@ -114,8 +115,8 @@ class FeatureTap:
         _refuse_traced(model)
         self.paths = dict(paths)
         self.inputs = frozenset(inputs)
-        self._records: dict[str, list[Any]] = {name: [] for name in self.paths}
-        self._recording = self._stopping = False
+        self._records = self._nothing()
+        self._mode = self._recording = self._stopping = False
         modules = {name: resolve(model, path) for name, path in self.paths.items()}
         self._model: nn.Module | None = unwrap(model)
         self._handles = [
@@ -130,10 +131,16 @@ class FeatureTap:
             self._model.register_forward_hook(_Hook(self._stop), always_call=True),
         ]
 
-    def _start(self, *_: Any) -> None:
-        for name in self._records:
-            self._records[name] = []
-        self._recording = True
+    def _nothing(self) -> dict[bool, dict[str, list[Any]]]:
+        """No records: by the model's mode (training or not), then by name."""
+        return {mode: {name: [] for name in self.paths} for mode in (False, True)}
+
+    def _start(self, model: nn.Module, *_: Any) -> None:
+        if _in_backward():  # a model that is checkpointed as a whole
+            return
+        self._mode, self._recording = model.training, True
+        for name in self.paths:
+            self._records[self._mode][name] = []
 
     def _stop(self, *_: Any) -> None:
         self._recording = False
@@ -142,8 +149,9 @@ class FeatureTap:
         def record(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
             if self._recording:
                 taken = tuple(list(x) if isinstance(x, list) else x for x in args)
-                self._records[name].append(taken if name in self.inputs else output)
-                if self._stopping and all(self._records.values()):
+                records = self._records[self._mode]
+                records[name].append(taken if name in self.inputs else output)
+                if self._stopping and all(records.values()):
                     raise _Enough
 
         return record
@@ -151,11 +159,15 @@ class FeatureTap:
     def read(self) -> dict[str, Any]:
         """What was recorded in the last forward call; the tap forgets it.
 
+        The last call in the mode, train or eval, that the model is in; where there was none, the
+        last in the other.
+
         Raises:
             ValueError: A tap that did not fire, or fired more than once, in that call.
         """
-        found = {name: list(values) for name, values in self._records.items()}
-        self._records = {name: [] for name in self.paths}
+        mode = self._model is not None and self._model.training
+        found = self._records[mode if any(self._records[mode].values()) else not mode]
+        self._records = self._nothing()
         for name, values in found.items():
             if not values:
                 raise ValueError(
@@ -188,7 +200,7 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._handles, self._model = [], None
-        self._records = {name: [] for name in self.paths}
+        self._records = self._nothing()
 
     def __enter__(self) -> "FeatureTap":
         return self
@@ -203,16 +215,24 @@ class FeatureTap:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled tap is a removed one: it holds neither model nor tensors."""
-        empty: dict[str, list[Any]] = {name: [] for name in self.paths}
         return {
             "paths": self.paths,
             "inputs": self.inputs,
-            "_records": empty,
+            "_records": self._nothing(),
             "_handles": [],
             "_model": None,
+            "_mode": False,
             "_recording": False,
             "_stopping": False,
         }
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointing runs modules once more."""
+    if torch.compiler.is_compiling():
+        return False
+    task = getattr(torch._C, "_current_graph_task_id", None)  # there is no public name
+    return task is not None and task() != -1
 
 
 def _refuse_traced(model: nn.Module) -> None:
@@ -665,16 +685,29 @@ def infer_stride(input_size: Sequence[int], map_size: Sequence[int]) -> float:
 
 
 class evaluating:  # noqa: N801 - reads like a statement
-    """Context in which models are in eval mode; every module's own mode comes back afterwards."""
+    """Context in which models are in eval mode; every module's own mode comes back afterwards.
+
+    What ran inside leaves no trace: modules compiled in place (``module.compile()``) run eagerly,
+    or they would be traced with the hooks of a look around; and the casts of an autocast region
+    that were made without gradient are forgotten, or (torch 2.4) the region's next forward would
+    train nothing.
+    """
 
     def __init__(self, *models: nn.Module) -> None:
         self._models = models
 
     def __enter__(self) -> None:
-        self._modes = [(m, m.training) for model in self._models for m in model.modules()]
+        modules = [m for model in self._models for m in model.modules()]
+        self._modes = [(m, m.training) for m in modules]
+        self._compiled = [(m, call) for m in modules if (call := m._compiled_call_impl) is not None]
         for model in self._models:
             model.eval()
+        for module, _ in self._compiled:
+            module._compiled_call_impl = None
 
     def __exit__(self, *_: object) -> None:
         for module, mode in self._modes:
             module.training = mode
+        for module, call in self._compiled:
+            module._compiled_call_impl = call
+        torch.clear_autocast_cache()

@@ -209,6 +209,30 @@ def test_recomputation_of_checkpointing_is_not_recorded():
         assert tap.read()["stem"].shape == (2, 4, 16, 24)
 
 
+def test_a_model_checkpointed_as_a_whole_is_not_recorded_again():
+    model = Detector()
+    with FeatureTap(model, "stem") as tap:
+        loss = checkpoint(model, IMAGE, use_reentrant=False).sum()
+        assert tap.read()["stem"].requires_grad
+        loss.backward()
+        with pytest.raises(ValueError, match="never fired"):
+            tap.read()
+
+
+def test_train_and_eval_mode_are_recorded_apart():
+    model = Detector()
+    with FeatureTap(model, "stem") as tap:
+        model.train()(IMAGE)
+        model.eval()(torch.zeros_like(IMAGE))
+        model.train()
+        torch.testing.assert_close(tap.read()["stem"], model.stem(IMAGE))
+        with pytest.raises(ValueError, match="never fired"):
+            tap.read()  # both are forgotten
+        model.eval()(IMAGE)
+        model.train()  # nothing was recorded in this mode: the other's
+        torch.testing.assert_close(tap.read()["stem"], model.stem(IMAGE))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_attach_then_compile_works_and_the_reverse_is_refused(backend):
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """The whole method: adapters, prototypes from the training stream, RDM, schedule."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,6 +82,7 @@ class GlobalKnowledgeLoss(nn.Module):
     rdm: RobustDistillLoss
     bank: PrototypeBank
     adapters: nn.ModuleList
+    _omega: Tensor
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class GlobalKnowledgeLoss(nn.Module):
         self._rdm_options = rdm
         RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
         self._levels: tuple[tuple[float, ...], ...] | None = None
+        self._last: dict[str, tuple[Tensor, float]] = {}  # value and factor of each term
         given = (student_channels, teacher_channels, strides)
         if all(x is not None for x in given):
             self.build(*given)  # type: ignore[arg-type]
@@ -184,6 +187,10 @@ class GlobalKnowledgeLoss(nn.Module):
             strides=strides,
             class_names=self._class_names,
         )
+        # Sum and number of omegas by level and label since the last telemetry(). The outer columns
+        # take labels outside [0, K), which nobody checks on an accelerator.
+        tally = torch.zeros(2, len(strides), self.generator.num_classes + 2)
+        self.register_buffer("_omega", tally, persistent=False)
 
     @property
     def built(self) -> bool:
@@ -243,7 +250,7 @@ class GlobalKnowledgeLoss(nn.Module):
         rows = None
         if self.rdm.uses_prototypes:
             rows = self._rows(student, teacher, targets, instances)
-        terms = self.rdm(
+        terms, omega = self.rdm(
             student,
             teacher,
             targets,
@@ -253,10 +260,24 @@ class GlobalKnowledgeLoss(nn.Module):
             teacher_logits=teacher_logits,
             logit_box=logit_box,
             rows=rows,
+            return_weights=True,
         )
-        terms = {name: self.schedules[name](self.progress) * x for name, x in terms.items()}
+        factors = {name: self.schedules[name](self.progress) for name in terms}
+        terms = {name: factors[name] * x for name, x in terms.items()}
+        if self.training:
+            self._last = {name: (x.detach(), factors[name]) for name, x in terms.items()}
+            if self.rdm.uses_prototypes:
+                self._tally(omega, targets.labels)
         self.step += self.training
         return terms
+
+    @torch.no_grad()
+    def _tally(self, omega: Tensor, labels: Tensor) -> None:
+        """For :meth:`telemetry`: stays on the device, and nothing that trains reads it."""
+        seen = omega.isfinite()  # not so in a step that overflowed
+        rows = torch.stack([torch.where(seen, omega, 0).to(self._omega), seen.to(self._omega)])
+        column = labels.clamp(-1, self.generator.num_classes) + 1
+        self._omega.index_add_(2, column, rows)
 
     def _adapt(self, student: Sequence[Tensor]) -> list[Tensor] | None:
         """The student's maps in the teacher's channels; ``None`` where nothing is imitated."""
@@ -334,6 +355,74 @@ class GlobalKnowledgeLoss(nn.Module):
         if bank is not None:
             self.bank.update(bank)
         self.generator.reset()
+
+    @torch.no_grad()
+    def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
+        """Plain numbers about the training so far, for TensorBoard or a log.
+
+        Calls in training mode leave them on the device; only reading them waits for it. Read every
+        fifty steps or so. Nothing of this is in ``state_dict``, and training does not depend on it.
+
+        Args:
+            detection_loss: The detector's own loss at the last step, a scalar; gives the shares.
+
+        Returns:
+            By name, ready for a writer:
+
+            - ``step``: calls in training mode so far;
+            - ``term/<name>``: each term of the last call, scheduled;
+            - ``schedule/<name>``: the factor in it;
+            - ``share/<name>``: the term divided by ``detection_loss``; NaN where that is 0;
+            - ``omega/stride_<s>``, ``omega/class_<k>``: mean robust weight of the boxes since the
+              last reading, on a level, and of a class over all levels; without the levels and
+              classes that had none. Read, they start anew;
+            - ``prototypes``: in the bank, over all levels and classes;
+            - ``sample``: instances collected for the next refresh.
+
+        Raises:
+            TypeError: A detection loss that is no number, such as a dictionary of losses.
+            ValueError: A tensor of more than one number.
+
+        Example:
+            >>> import torch
+            >>> from global_kd import GlobalKnowledgeLoss, Targets
+            >>> loss = GlobalKnowledgeLoss(
+            ...     3, student_channels=[8], teacher_channels=[8], strides=[8], total_steps=4
+            ... )
+            >>> maps = [torch.rand(1, 8, 12, 12)]
+            >>> boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]])
+            >>> _ = loss(maps, maps, Targets(boxes, torch.tensor([2]), torch.tensor([0])))
+            >>> numbers = loss.telemetry()
+            >>> list(numbers)[-4:]
+            ['omega/stride_8', 'omega/class_2', 'prototypes', 'sample']
+            >>> numbers["step"], numbers["omega/class_2"], numbers["prototypes"], numbers["sample"]
+            (1.0, 1.0, 0.0, 1.0)
+        """
+        self._require_built()
+        if detection_loss is not None:
+            _check.scalar("detection_loss", detection_loss)
+        numbers = {"step": float(self.step)}
+        values = {name: float(x) for name, (x, _) in self._last.items()}
+        numbers |= {f"term/{name}": x for name, x in values.items()}
+        numbers |= {f"schedule/{name}": factor for name, (_, factor) in self._last.items()}
+        if detection_loss is not None:
+            detection = torch.as_tensor(detection_loss).detach().item()
+            numbers |= {
+                f"share/{name}": x / detection if detection else math.nan
+                for name, x in values.items()
+            }
+        total, count = self._omega[:, :, 1:-1].cpu().double()
+        self._omega.zero_()
+        strides = [f"stride_{stride:g}" for stride in self.rdm.strides]
+        classes = [f"class_{label}" for label in range(self.generator.num_classes)]
+        for dim, names in ((1, strides), (0, classes)):
+            sums, counts = total.sum(dim).tolist(), count.sum(dim).tolist()
+            for name, x, n in zip(names, sums, counts, strict=True):
+                if n:
+                    numbers[f"omega/{name}"] = x / n
+        numbers["prototypes"] = float(self.bank.valid.sum())
+        numbers["sample"] = float(len(self.generator))
+        return numbers
 
     def weigh(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets

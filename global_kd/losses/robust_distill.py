@@ -143,7 +143,8 @@ class RobustDistillLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         logit_box: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+        return_weights: bool = False,
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
         """The weighted terms of one batch.
 
         Args:
@@ -158,10 +159,12 @@ class RobustDistillLoss(nn.Module):
             logit_box: int64 ``(N,)``, for each logit row the index of its box in ``targets``;
                 without it soft labels are not weighted by omega.
             rows: Pooled rows ``(L, R, Cs)``, ``(L, R, Ct)`` of the boxes, if already at hand.
+            return_weights: Also return omega.
 
         Returns:
             ``{"kd_foreground", "kd_background", "kd_relation", "kd_logits"}`` without the terms of
-            weight 0.
+            weight 0. With ``return_weights`` a pair of this and omega ``(L, R)``, which is 1 where
+            no term asks for it.
         """
         check_pyramids(student, teacher, self.strides)
         teacher = [t.detach() for t in teacher]
@@ -213,7 +216,7 @@ class RobustDistillLoss(nn.Module):
                 activation=self.activation,
                 class_reduction=self.class_reduction,
             )
-        return terms
+        return (terms, omega) if return_weights else terms
 
     def weigh(
         self,

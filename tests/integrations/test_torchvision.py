@@ -496,18 +496,32 @@ def test_adapters_forgotten_in_the_optimizer_are_reported():
             kd(images, targets)
 
 
-def test_evaluation_between_forward_and_kd_of_the_next_step_is_no_trouble():
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_between_steps_or_forward_and_kd_is_no_trouble(kind):
     torch.manual_seed(0)
-    student, teacher = detector("faster_rcnn"), detector("faster_rcnn")
+    student, teacher = detector(kind), detector(kind)
     kd = Distiller(student, teacher, gk())
     images, targets = scenes()
-    for _ in range(2):
-        student.train()
+    other = [x.flip(2) for x in images[:2]]
+
+    def run(evaluate):
+        torch.manual_seed(1)
+        kd.loss.step = 0
         student(images, targets)
-        assert kd(images, targets)["kd_background"] > 0
+        evaluate()
+        terms = kd(images, targets)
+        evaluate()
+        return {name: x.item() for name, x in terms.items()}
+
+    def evaluate():
         student.eval()
         with torch.no_grad():
-            student(images)
+            student(other)
+        student.train()
+
+    plain = run(lambda: None)
+    assert len(plain) == 4
+    assert run(evaluate) == plain
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The whole method on plain tensors: bookkeeping, schedule, resume."""
 
 import io
+import math
 import warnings
 
 import pytest
 import torch
 
 from global_kd import GlobalKnowledgeLoss, Schedule, Targets
+
+from ..watch import NoHostSync
 
 CLASSES = 3
 
@@ -161,6 +164,88 @@ def test_half_precision_maps_with_and_without_autocast(dtype):
             assert value.item() == pytest.approx(reference[name].item(), rel=0.02)
 
 
+def test_telemetry_tells_the_last_terms_and_the_mean_omega_since_it_was_read():
+    loss = make()
+    loss.generator.max_instances = 1  # prototypes that do not fit everybody
+    for step in range(3):
+        loss(*batch(step))
+    assert loss.telemetry()["step"] == 3
+    omegas, labels = [], []
+    for step in range(4, 6):
+        if step == 4:
+            loss.refresh()
+        omegas.append(loss.weigh(*batch(step)))
+        labels.append(batch(step)[2].labels)
+        terms = loss(*batch(step))
+    numbers = loss.telemetry(detection_loss=torch.tensor([2.0]))
+    assert all(type(x) is float for x in numbers.values())
+    assert numbers["step"] == 5
+    factor = 1 - 4 / 10
+    for name, x in terms.items():
+        assert numbers[f"term/{name}"] == x.item()
+        assert numbers[f"share/{name}"] == x.item() / 2
+        assert numbers[f"schedule/{name}"] == factor
+    omega, label = torch.cat(omegas, dim=1), torch.cat(labels)
+    assert (omega < 0.99).any()
+    for level, stride in enumerate((4, 8)):
+        assert numbers[f"omega/stride_{stride}"] == pytest.approx(omega[level].mean().item())
+    for k in range(CLASSES):
+        assert numbers[f"omega/class_{k}"] == pytest.approx(omega[:, label == k].mean().item())
+    assert numbers["prototypes"] == 2 * CLASSES
+    assert numbers["sample"] == len(loss.generator)
+    again = loss.telemetry()
+    assert {k: v for k, v in numbers.items() if not k.startswith(("omega", "share"))} == again
+
+
+def test_telemetry_names_only_what_there_was():
+    loss = make()
+    assert loss.telemetry() == {"step": 0, "prototypes": 0, "sample": 0}
+    student, teacher, targets = batch(0)
+    loss(student, teacher, Targets(targets.boxes[:1], torch.tensor([2]), torch.tensor([0])))
+    found = [name for name in loss.telemetry(0.0) if name.startswith("omega")]
+    assert found == ["omega/stride_4", "omega/stride_8", "omega/class_2"]
+    assert math.isnan(loss.telemetry(0.0)["share/kd_background"])
+    loss.eval()
+    loss(*batch(1))
+    assert loss.telemetry()["step"] == 1
+    assert not any(name.startswith("omega") for name in loss.telemetry())
+    plain = make(relation=0, robust_imitation=False, logits=0)
+    plain(*batch(0))  # no term asks for omega
+    assert not any(name.startswith("omega") for name in plain.telemetry())
+
+
+def test_reading_telemetry_changes_nothing():
+    read, unread = make(), make()
+    for step in range(8):
+        a, b = read(*batch(step)), unread(*batch(step))
+        read.telemetry(1.0)
+        assert {k: v.item() for k, v in a.items()} == {k: v.item() for k, v in b.items()}
+    assert str(read.state_dict()) == str(unread.state_dict())
+    assert not any("_omega" in name for name in read.state_dict())
+
+
+def test_telemetry_leaves_out_overflowed_boxes_and_labels_that_are_none():
+    loss = make()
+    omega = torch.tensor([[0.5, torch.nan, 0.25, 1.0], [0.75, torch.nan, 0.25, 1.0]])
+    with NoHostSync():  # an accelerator is asked nothing
+        loss._tally(omega, torch.arange(4) - 1)  # a label of -1, an omega of NaN
+    loss._tally(omega, torch.tensor([1, 1, CLASSES, CLASSES + 7]))
+    numbers = {k: v for k, v in loss.telemetry().items() if k.startswith("omega")}
+    assert numbers == {
+        "omega/stride_4": pytest.approx((0.25 + 1.0 + 0.5) / 3),
+        "omega/stride_8": pytest.approx((0.25 + 1.0 + 0.75) / 3),
+        "omega/class_1": pytest.approx((0.25 + 0.25 + 0.5 + 0.75) / 4),
+        "omega/class_2": 1.0,
+    }
+
+
+def test_telemetry_does_not_hold_the_graph():
+    loss = make()
+    student, teacher, targets = batch(0)
+    loss([x.requires_grad_() for x in student], teacher, targets)
+    assert loss._last and not any(x.requires_grad for x, _ in loss._last.values())
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(RuntimeError, match="call build"):
         GlobalKnowledgeLoss(3)(*batch(0))
@@ -179,5 +264,13 @@ def test_what_does_not_fit_is_named():
     wrong = Targets(targets.boxes, targets.labels, targets.image_index + 1)
     with pytest.raises(ValueError, match="image_index: expected values below 2"):
         make()(student, teacher, wrong)
+    with pytest.raises(TypeError, match="detection_loss: expected a scalar, but got dict"):
+        make().telemetry({"loss_classifier": torch.tensor(1.0)})
+    with pytest.raises(
+        ValueError, match=r"detection_loss: expected a scalar, but got shape \(2,\)"
+    ):
+        make().telemetry(torch.ones(2))
+    with pytest.raises(RuntimeError, match="call build"):
+        GlobalKnowledgeLoss(3).telemetry()
     with pytest.raises(ValueError, match="made for other levels, classes or channels"):
         make().load_state_dict(make(num_prototypes=5).state_dict())
