@@ -20,7 +20,7 @@ from .detector import (
     translate,
 )
 from .doctor import Report, examine
-from .hooks import FeatureTap, evaluating, infer_strides, unwrap
+from .hooks import FeatureTap, evaluating, infer_strides, sharded_modules, unwrap
 from .losses.global_knowledge import GlobalKnowledgeLoss
 from .prototypes.adoption import Adoption
 from .prototypes.bank import PrototypeBank, refuse_other
@@ -107,6 +107,10 @@ class Distiller(nn.Module):
             self._student.pixels = student_pixels
         with torch.no_grad(), evaluating(self._models[0]):
             seen = self._student.look(self._student.example())
+        # FSDP2 keeps its root's parameters whole until a backward, which does not come here; an
+        # optimizer made now would be given those, and they do not stay.
+        for module in sharded_modules(self._models[0]):
+            module.reshard()
         images = (seen.view.images,)
         self._teacher = _reader("teacher", self._models[1], teacher_path, images)
         if teacher_pixels is not None:

@@ -28,6 +28,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """What FSDP2 (``fully_shard``) has taken over in a model, told by its methods."""
+    return [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
+
+
 def resolve(model: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path; wrapper prefixes (``module.``) are ignored.
 
@@ -183,10 +188,14 @@ class FeatureTap:
         return {name: values[0] for name, values in found.items()}
 
     def run(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Run the model only until every tap has fired, and read."""
+        """Run the model only until every tap has fired, and read.
+
+        Models in FSDP2 (``fully_shard``) run to the end: a forward that breaks off would leave
+        their parameters unsharded.
+        """
         if self._model is None:
             raise ValueError("tap: expected an attached tap, but it was removed")
-        self._stopping = True
+        self._stopping = not sharded_modules(self._model)
         try:
             self._model(*args, **kwargs)
         except _Enough:

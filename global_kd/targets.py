@@ -122,11 +122,14 @@ class Targets:
         image_index = torch.arange(len(targets)).repeat_interleave(counts)
 
         def packed(key: str, like: Tensor) -> Tensor:
-            return torch.cat([like, *(t[key].to(like.dtype) for t in targets)]).to(device)
+            given = [t[key].to(like.dtype) for t in targets if key in t]
+            return torch.cat([like, *given]).to(device)
 
         where = targets[0]["boxes"].device if targets else torch.device("cpu")
         whole = torch.zeros(0, dtype=torch.int64, device=where)
         dtype = targets[0]["boxes"].dtype if targets else torch.float32
         boxes = packed("boxes", torch.zeros(0, 4, dtype=dtype, device=where))
-        ids = packed("ids", whole) if targets and all("ids" in t for t in targets) else None
+        named = [t for t in targets if "ids" in t]
+        lacking = any("ids" not in t and len(t["boxes"]) for t in targets)
+        ids = packed("ids", whole) if named and not lacking else None
         return cls(boxes, packed("labels", whole), image_index.to(device), ids)

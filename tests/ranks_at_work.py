@@ -215,7 +215,7 @@ def train(rank: int, size: int, wrap: str, ranks: int):
     return {
         "student": {k: whole(v) for k, v in student.state_dict().items()},
         "adapters": {k: v.detach() for k, v in loss.adapters.state_dict().items()},
-        "bank": dict(loss.bank.state_dict()),
+        "bank": dict(loss.bank.named_buffers()),
     }
 
 

@@ -263,6 +263,13 @@ def test_targets_accept_a_normal_day():
     assert len(Targets.from_list([])) == 0
 
 
+def test_an_image_without_boxes_needs_no_ids():
+    one = {"boxes": torch.tensor([BOX]), "labels": longs(1), "ids": torch.tensor([5])}
+    none = {"boxes": floats(0, 4), "labels": longs(0)}
+    assert Targets.from_list([none, one]).ids.tolist() == [5]
+    assert Targets.from_list([one, {"boxes": torch.tensor([BOX]), "labels": longs(1)}]).ids is None
+
+
 def test_targets_from_list_name_the_image():
     good = {"boxes": torch.tensor([BOX]), "labels": longs(1)}
     with pytest.raises(ValueError, match=r"targets\[1\].*labels.*but got"):

@@ -53,7 +53,8 @@ def results(request, tmp_path_factory):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+    same = [torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a]
+    return all(same) and list(a) == list(b)
 
 
 @pytest.mark.parametrize("scenario", PROTOTYPES)
