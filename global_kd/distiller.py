@@ -21,9 +21,11 @@ from .detector import (
 )
 from .doctor import Report, examine
 from .hooks import FeatureTap, evaluating, infer_strides, sharded_modules, unwrap
+from .instances import pool_levels
 from .losses.global_knowledge import GlobalKnowledgeLoss
 from .prototypes.adoption import Adoption
 from .prototypes.bank import PrototypeBank, refuse_other
+from .prototypes.teacher_rows import TeacherRows
 from .pyramid import align_levels, pair_levels
 from .targets import Targets
 
@@ -132,6 +134,7 @@ class Distiller(nn.Module):
         self.loss = loss.to(where[0])
         self._tap = FeatureTap(student, self._student.taps, inputs=self._student.inputs)
         self._adapter_versions = {n: p._version for n, p in loss.named_parameters()}
+        self._teacher_rows: TeacherRows | None = None
         self._calls = 0
         self._told_of_gradients = False
 
@@ -327,16 +330,47 @@ class Distiller(nn.Module):
 
         A batch is a pair of images and targets, or whatever else the student is called with.
 
-        Every image is read once, by both detectors in eval mode. Rows collected from the training
-        stream so far are dropped, and so are prototypes in the bank that are not this teacher's.
+        Every image is read once, in eval mode. Where targets have ids, the teacher's rows of the
+        sample are kept, at most ``num_classes * max_instances`` rows of ``L * Ct`` float32 numbers
+        in main memory; later passes take the same sample and run the student alone. That needs a
+        loader without random augmentation: the first batch is compared, and if the teacher sees
+        something else now, or an instance is new, it runs again.
+
+        Rows collected from the training stream so far are dropped, and so are prototypes in the
+        bank that are not this teacher's. Collective under ``torch.distributed``: each rank reads
+        its share, all end with the prototypes of the whole.
         """
-        self.loss.generator.reset()
+        generator, strides = self.loss.generator, self.loss.rdm.strides
         signature = self._signature()
+        kept = self._teacher_rows
+        if kept is not None and kept.signature != signature:
+            kept = None
+        generator.reset(None if kept is None else kept.turn)
+        compared = False
         with evaluating(*self._models):
             for batch in _with_progress(loader) if progress else loader:
                 seen = self._student.observe(*_arguments(batch))
-                pair = self._paired(seen.look, self._look(seen.look.view))
-                self.loss.generator.add_features(*pair, seen.truth, self.loss.rdm.strides)
+                rows = kept.of(seen.truth, generator) if kept is not None else None
+                if rows is not None and compared:
+                    maps = [seen.look.maps[i] for i in self._levels[0]]
+                    generator.add(pool_levels(maps, seen.truth, strides), rows, seen.truth)
+                    continue
+                mine, theirs = (
+                    pool_levels(maps, seen.truth, strides)
+                    for maps in self._paired(seen.look, self._look(seen.look.view))
+                )
+                if rows is not None and rows.isfinite().any():
+                    compared = True
+                    if not _alike(rows, theirs):
+                        kept = None
+                        warnings.warn(
+                            "refresh: the teacher sees the first batch otherwise than in the last "
+                            "pass, so its rows of that pass are not used; a loader without random "
+                            "augmentation saves the teacher's work",
+                            stacklevel=2,
+                        )
+                generator.add(mine, theirs, seen.truth)
+        self._teacher_rows = TeacherRows(generator, signature)
         if self.loss.bank.teacher_fingerprint != signature:  # no mixture of two teachers
             self.loss.bank.clear()
             self.loss.bank.teacher_fingerprint = signature
@@ -467,6 +501,13 @@ def _reader(
             f"find_pyramids finds the module that puts out its feature maps, {name}_path"
         )
     return ModuleDetector(model, path, example_inputs, argument=f"{name}_path")
+
+
+def _alike(rows: Tensor, others: Tensor) -> bool:
+    """Whether rows ``(L, R, C)`` are the same up to rounding; rows of NaN are not compared."""
+    known = rows.isfinite().all(dim=2)
+    a, b = rows[known], others[known].to(rows)
+    return bool(((a - b).norm(dim=1) <= 0.01 * a.norm(dim=1)).all())
 
 
 def _strides(look: Look) -> list[float]:

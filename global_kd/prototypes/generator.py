@@ -11,7 +11,7 @@ from ..instances import pool_levels
 from ..ranks import Ranks
 from ..targets import Targets
 from .bank import PrototypeBank
-from .keys import NEVER, digest, keys
+from .keys import NEVER, digest, keys_of
 from .select import density_candidates, select_prototypes
 
 _MIN_PENDING = 4096  # rows that may wait before the sample is cut back
@@ -111,7 +111,7 @@ class PrototypeGenerator(nn.Module):
         self.max_instances = max_instances
         self.seed = seed
         self.distributed = distributed
-        self._turn = self._calls = 0
+        self.turn = self._calls = 0
         self._parts: list[_Rows] = []
         self._kept = self._pending = 0
 
@@ -144,16 +144,13 @@ class PrototypeGenerator(nn.Module):
         if len(targets) == 0:
             return
         mine, theirs = (x.detach().float().transpose(0, 1) for x in (student, teacher))
-        identity, ids = targets.ids, targets.ids
-        if identity is None or ids is None:
+        ids, identity = targets.ids, None
+        if ids is None:
             seen = [targets.boxes.float(), targets.labels[:, None].float(), theirs.flatten(1)]
             identity, ids = digest(torch.cat(seen, dim=1)), torch.full_like(targets.labels, -1)
-        sides = targets.boxes[:, 2:] - targets.boxes[:, :2]
-        usable = (sides > self.min_side).all(dim=1)
-        for rows in (mine, theirs):
-            usable = usable & rows.flatten(1).isfinite().all(dim=1)
-        # Such a key is never kept; dropping the row here would make the device wait.
-        key = torch.where(usable, keys(identity, self.seed, self._turn), NEVER)
+        finite = [x.flatten(1).isfinite().all(dim=1) for x in (mine, theirs)]
+        # A row of such a key is never kept; dropping it here would make the device wait.
+        key = torch.where(finite[0] & finite[1], self.keys(targets, identity), NEVER)
         ties = digest(torch.cat([theirs.flatten(1), mine.flatten(1)], dim=1))
         calls = torch.full_like(ids, self._calls)
         self._parts.append(_Rows(mine, theirs, targets.labels, ids, key, calls, ties))
@@ -175,6 +172,34 @@ class PrototypeGenerator(nn.Module):
                 pool_levels(teacher, targets, strides),
                 targets,
             )
+
+    def keys(self, targets: Targets, identity: Tensor | None = None) -> Tensor:
+        """Key of each box, int64 ``(R,)``: ``keys.NEVER`` for one that is too small.
+
+        Args:
+            targets: The boxes; with ids, unless ``identity`` stands for them.
+            identity: int64 ``(R,)``.
+        """
+        sides = targets.boxes[:, 2:] - targets.boxes[:, :2]
+        identity = targets.ids if identity is None else identity
+        assert identity is not None
+        key = keys_of(identity, self.seed, self.turn)
+        return torch.where((sides > self.min_side).all(dim=1), key, NEVER)
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the instances kept on this rank: teacher rows ``(R, L, Ct)``, labels, ids, keys."""
+        rows = self._cut()
+        if rows is None:
+            whole = torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, 1, 1), whole, whole, whole
+        return rows.teacher, rows.labels, rows.ids, rows.keys
+
+    def limits(self, labels: Tensor, key: Tensor) -> Tensor:
+        """Largest key of each class that a full sample kept, int64 ``(K,)``; else any but never."""
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        largest = torch.zeros(self.num_classes, dtype=torch.int64)
+        largest.scatter_reduce_(0, labels, key, "amax")
+        return torch.where(counts >= self.max_instances, largest, NEVER - 1)
 
     def _cut(self) -> _Rows | None:
         """The ``max_instances`` smallest keys of every class, by class and key, if any."""
@@ -210,10 +235,10 @@ class PrototypeGenerator(nn.Module):
             return torch.zeros(self.num_classes, dtype=torch.int64)
         return torch.bincount(rows.labels, minlength=self.num_classes)
 
-    def reset(self) -> None:
-        """Forget the rows; the next sample is another one."""
+    def reset(self, turn: int | None = None) -> None:
+        """Forget the rows; the next sample is another one, or that of an earlier ``turn``."""
         self._parts, self._kept, self._pending, self._calls = [], 0, 0, 0
-        self._turn += 1
+        self.turn = self.turn + 1 if turn is None else turn
 
     @torch.no_grad()
     def generate(self) -> PrototypeBank:
@@ -291,7 +316,7 @@ class PrototypeGenerator(nn.Module):
         shape = None if rows is None else (*rows.student.shape[1:], rows.teacher.shape[2])
         same = {
             "seed": self.seed,
-            "resets": self._turn,
+            "resets": self.turn,
             "max_instances": self.max_instances,
             "num_classes": self.num_classes,
         }
@@ -354,7 +379,7 @@ class PrototypeGenerator(nn.Module):
         return {
             "rows": {} if rows is None else dict(zip(_Rows._fields, rows, strict=True)),
             "seed": self.seed,
-            "turn": self._turn,
+            "turn": self.turn,
             "calls": self._calls,
         }
 
@@ -368,7 +393,7 @@ class PrototypeGenerator(nn.Module):
             )
         self._parts = [] if rows is None else [rows]
         self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
-        self.seed, self._turn, self._calls = (int(state[x]) for x in ("seed", "turn", "calls"))
+        self.seed, self.turn, self._calls = (int(state[x]) for x in ("seed", "turn", "calls"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeGenerator":
         """Rows follow ``.to(device)``; their dtypes stay."""

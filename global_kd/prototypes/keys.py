@@ -36,7 +36,7 @@ def digest(rows: Tensor) -> Tensor:
     return _mix(((bits + place) * (2 * _mix(place) + 1)).sum(dim=1))
 
 
-def keys(identity: Tensor, seed: int, turn: int) -> Tensor:
+def keys_of(identity: Tensor, seed: int, turn: int) -> Tensor:
     """int64 ``(R,)`` in ``[0, NEVER)``, another order for every seed and turn."""
     salt = _signed(0x9E3779B97F4A7C15 * (2 * seed + 1) + 0xD1B54A32D192ED03 * (turn + 1))
     return (_mix(_mix(identity + salt) ^ salt) & NEVER).clamp(max=NEVER - 1)

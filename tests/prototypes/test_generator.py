@@ -190,3 +190,73 @@ def test_bank_of_other_shape_is_refused():
     bank = PrototypeBank(2, 3, 4, 5, 6)
     with pytest.raises(ValueError, match="made for other levels, classes or channels"):
         PrototypeBank(2, 3, 4, 5, 7).load_state_dict(bank.state_dict())
+
+
+def numbered(count, classes=CLASSES, seed=0):
+    student, teacher, targets = rows(count, seed)
+    labels = targets.labels % classes
+    return student, teacher, targets_for(labels, ids=torch.arange(count) + 10)
+
+
+@given(st.permutations(range(40)), st.lists(st.integers(0, 40), max_size=3), st.booleans())
+def test_neither_order_nor_batches_choose_the_sample(order, cuts, with_ids):
+    student, teacher, targets = numbered(40)
+    if not with_ids:
+        targets = Targets(targets.boxes, targets.labels, targets.image_index)
+    whole, parts = (PrototypeGenerator(CLASSES, 3, max_instances=4, seed=2) for _ in range(2))
+    whole.add(student, teacher, targets)
+    order = torch.tensor(order)
+    edges = [0, *sorted(cuts), 40]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        parts.add(*take(student, teacher, targets, order[start:stop]))
+    assert parts.counts().tolist() == whole.counts().tolist()
+    assert equal(whole.generate(), parts.generate())
+
+
+def test_an_instance_that_is_seen_again_replaces_its_older_row():
+    generator = PrototypeGenerator(1, 3)
+    student, teacher, targets = numbered(3, classes=1)
+    for moved in (0.0, 1.0, 2.0):
+        generator.add(student + moved, teacher, targets)
+        len(generator)
+    assert generator.counts().tolist() == [3]
+    kept = generator._parts[0]
+    at = kept.ids - 10
+    assert torch.equal(kept.student, (student + 2.0).transpose(0, 1)[at])
+
+
+def test_without_ids_the_teachers_features_tell_instances_apart():
+    """The same box on the same pixels is the same instance, whatever the student makes of it."""
+    generator = PrototypeGenerator(CLASSES, 3)
+    student, teacher, targets = rows(5)
+    generator.add(student, teacher, targets)
+    generator.add(student + 1, teacher, targets)
+    assert len(generator) == 5
+    generator.add(student, teacher + 1, targets)
+    assert len(generator) == 10
+
+
+def test_every_reset_and_seed_draws_another_sample_of_the_same_size():
+    samples = []
+    for seed, resets in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        generator = PrototypeGenerator(1, max_instances=10, seed=seed)
+        for _ in range(resets):
+            generator.reset()
+        generator.add(*numbered(60, classes=1))
+        samples.append(frozenset(generator.sample()[2].tolist()))
+    assert len(set(samples)) == 4 and {len(x) for x in samples} == {10}
+    generator.reset(turn=0)
+    generator.seed = 0
+    generator.add(*numbered(60, classes=1))
+    assert frozenset(generator.sample()[2].tolist()) == samples[0]
+
+
+def test_limits_say_which_keys_a_full_sample_takes():
+    generator = PrototypeGenerator(2, max_instances=10)
+    student, teacher, targets = numbered(60, classes=1)
+    generator.add(student, teacher, targets)
+    _, labels, ids, key = generator.sample()
+    limits = generator.limits(labels, key)
+    taken = generator.keys(targets) <= limits[targets.labels]
+    assert set(targets.ids[taken].tolist()) == set(ids.tolist())
+    assert limits[1] > generator.keys(targets).max()  # a class that is not full takes any

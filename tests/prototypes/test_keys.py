@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from global_kd.prototypes.keys import NEVER, _mix, digest, keys
+from global_kd.prototypes.keys import NEVER, _mix, digest, keys_of
 
 MASK = 2**64 - 1
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -24,17 +24,17 @@ def test_mixing_is_the_finalizer_of_splitmix64(values):
 
 @given(st.lists(INT64, min_size=1, max_size=50, unique=True), INT64, st.integers(0, 1000))
 def test_keys_are_in_range_distinct_and_of_the_instance_alone(ids, seed, turn):
-    whole = keys(torch.tensor(ids), seed, turn)
+    whole = keys_of(torch.tensor(ids), seed, turn)
     assert (whole >= 0).all() and (whole < NEVER).all()
     assert len(set(whole.tolist())) == len(ids)
     for x, key in zip(ids, whole.tolist(), strict=True):
-        assert keys(torch.tensor([x]), seed, turn).item() == key
+        assert keys_of(torch.tensor([x]), seed, turn).item() == key
 
 
 def test_keys_of_counted_ids_are_evenly_spread_and_change_with_seed_and_turn():
     ids = torch.arange(20_000)
-    first = keys(ids, 0, 0).double() / NEVER
-    for other in (keys(ids, 1, 0), keys(ids, 0, 1), keys(ids, -1, 0)):
+    first = keys_of(ids, 0, 0).double() / NEVER
+    for other in (keys_of(ids, 1, 0), keys_of(ids, 0, 1), keys_of(ids, -1, 0)):
         other = other.double() / NEVER
         # 20 000 draws: a standard deviation of .002 of the mean, of .007 of a correlation
         assert abs(other.mean() - 0.5) < 0.01
