@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import compare, pursuit, report, scaling, suite, training, waits
+from . import compare, pursuit, ranks, report, scaling, suite, training, waits
 from .environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[..., dict[str, Any]], Callable[..., st
     "scaling": ("boxes, image side, instances of the pursuit", scaling.run, scaling.table),
     "training": ("the share of KD in a torchvision training step", training.run, training.table),
     "waits": ("whether a step makes the host wait for the GPU", waits.run, waits.table),
+    "ranks": ("a refresh of the prototypes on several ranks", ranks.run, ranks.table),
     "pursuit": ("selecting prototypes, against the released", pursuit.run, pursuit.table),
 }
 

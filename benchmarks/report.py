@@ -19,7 +19,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # benchmark, kind of device
 def load(folder: Path) -> Results:
     """Full runs in float32 only; quick ones are not for quoting."""
     found: Results = {}
-    for name in ("ops", "step", "training", "scaling", "waits"):
+    for name in ("ops", "step", "training", "scaling", "waits", "ranks"):
         for kind in KINDS:
             file = folder / f"{name}_{kind}.json"
             if file.exists():
@@ -142,6 +142,33 @@ def training(results: Results) -> Iterator[str]:
         yield ""
 
 
+def ranks(results: Results) -> Iterator[str]:
+    for kind, result in results.get("ranks", {}).items():
+        yield f"## A refresh on several ranks, {KINDS[kind]}"
+        yield ""
+        yield (
+            f"{result['size']}; processes of one machine over Gloo, so the seconds are those of "
+            "processes that share its cores. *Epoch*: the job sees the same instances however many "
+            "ranks there are; *full*: every rank holds a full sample of its own. Sent is the most "
+            "of any rank."
+        )
+        yield ""
+        yield from rows(
+            ["classes", "samples", "ranks", "instances held", "MB sent", "s"],
+            [
+                [
+                    str(p["classes"]),
+                    "full" if p["full"] else "epoch",
+                    str(p["ranks"]),
+                    str(p["held"]),
+                    f"{p['sent'] / 1e6:.3g}",
+                    f"{p['seconds']:.3g}",
+                ]
+                for p in result["points"]
+            ],
+        )
+
+
 TITLES = {
     "boxes": ("Cost by number of boxes", "boxes an image"),
     "side": ("Cost by image side", "side of the image, pixels"),
@@ -214,6 +241,7 @@ def main(folder: Path, page: Path = PAGE) -> int:
         *cases(results, "step", "The full step"),
         *cases(results, "ops", "Ops"),
         *training(results),
+        *ranks(results),
         *plots(results, page.parent / "images"),
         *machines(results),
     ]

@@ -275,3 +275,10 @@ def test_gpu_check_refuses_other_words():
         [ROOT / "benchmarks/gpu_check.sh", "--wrong"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_a_refresh_on_several_ranks_gives_the_same_prototypes(tmp_path):
+    result = quick("ranks", tmp_path)
+    assert result["passed"]
+    sent = {(p["ranks"], p["full"]): p["sent"] for p in result["points"]}
+    assert sent[1, False] == sent[1, True] == 0 < sent[2, False]

@@ -43,8 +43,8 @@ class PrototypeGenerator(nn.Module):
     the student has moved on. Adding rows asks nothing of the device; about every 4096 rows the
     sample is cut back.
 
-    Memory: at most ``2 * num_classes * max_instances + 4096`` rows of ``L * (Cs + Ct)`` float32
-    numbers; the classes actually seen count.
+    Memory: at most ``1.25 * num_classes * max_instances + 4096`` rows of ``L * (Cs + Ct)`` float32
+    numbers, somewhat more than twice that for the moment of a cut; the classes actually seen count.
 
     Under ``torch.distributed``, :meth:`generate` and :meth:`gather` are collective, unless
     ``distributed`` is off: every rank ends with the prototypes that one rank would have made of all
@@ -155,7 +155,7 @@ class PrototypeGenerator(nn.Module):
         calls = torch.full_like(ids, self._calls)
         self._parts.append(_Rows(mine, theirs, targets.labels, ids, key, calls, ties))
         self._pending += len(targets)
-        if self._pending > max(_MIN_PENDING, self._kept):
+        if self._pending > max(_MIN_PENDING, self._kept // 4):
             self._cut()
 
     def add_features(
@@ -204,8 +204,12 @@ class PrototypeGenerator(nn.Module):
     def _cut(self) -> _Rows | None:
         """The ``max_instances`` smallest keys of every class, by class and key, if any."""
         if self._pending:
-            rows = _Rows(*(torch.cat(x) for x in zip(*self._parts, strict=True)))
-            self._parts = [rows.take(self._sampled(rows))]
+            columns = list(zip(*self._parts, strict=True))
+            small = [torch.cat(x) for x in columns[2:]]
+            order = self._sampled(_Rows(small[0], small[0], *small))
+            # One large column after the other: each is there twice only for a moment.
+            large = [torch.cat(x)[order] for x in columns[:2]]
+            self._parts = [_Rows(*large, *(x[order] for x in small))]
             self._kept, self._pending = len(self._parts[0].labels), 0
         return self._parts[0] if self._parts else None
 
