@@ -37,7 +37,7 @@ class PrototypeGenerator(nn.Module):
 
     A fair sample of at most ``max_instances`` instances per class is kept, however long the stream
     and however skewed the classes: every instance has a pseudo-random key, made of the seed, the
-    number of resets and its id (without ids: of its box, its label and the teacher's features), and
+    number of resets and its id (without ids: of its box and the teacher's features), and
     the smallest keys of a class stay. So the sample depends on neither the order of the instances
     nor the ranks they were seen on. An instance that is seen again replaces its older row, since
     the student has moved on. Adding rows asks nothing of the device; about every 4096 rows the
@@ -146,8 +146,8 @@ class PrototypeGenerator(nn.Module):
         mine, theirs = (x.detach().float().transpose(0, 1) for x in (student, teacher))
         ids, identity = targets.ids, None
         if ids is None:
-            seen = [targets.boxes.float(), targets.labels[:, None].float(), theirs.flatten(1)]
-            identity, ids = digest(torch.cat(seen, dim=1)), torch.full_like(targets.labels, -1)
+            seen = torch.cat([targets.boxes.float(), theirs.flatten(1)], dim=1)
+            identity, ids = digest(seen), torch.full_like(targets.labels, -1)
         finite = [x.flatten(1).isfinite().all(dim=1) for x in (mine, theirs)]
         # A row of such a key is never kept; dropping it here would make the device wait.
         key = torch.where(finite[0] & finite[1], self.keys(targets, identity), NEVER)

@@ -260,3 +260,25 @@ def test_limits_say_which_keys_a_full_sample_takes():
     taken = generator.keys(targets) <= limits[targets.labels]
     assert set(targets.ids[taken].tolist()) == set(ids.tolist())
     assert limits[1] > generator.keys(targets).max()  # a class that is not full takes any
+
+
+def test_which_of_two_rows_of_one_call_is_kept_does_not_depend_on_their_order():
+    """As where two ranks see one padded instance in the same step, with other rounding."""
+    student, teacher, _ = rows(2)
+    kept = []
+    for order in ([0, 1], [1, 0]):
+        generator = PrototypeGenerator(CLASSES, min_side=0)
+        same = targets_for(torch.tensor([1, 1]), ids=torch.tensor([7, 7]))
+        generator.add(student[:, order], teacher[:, order], same)
+        assert len(generator) == 1
+        kept.append(generator._parts[0].student)
+    assert torch.equal(*kept)
+
+
+def test_one_box_with_two_labels_is_an_instance_of_either_class():
+    student, teacher, _ = rows(1)
+    for ids in (torch.tensor([7, 7]), None):
+        generator = PrototypeGenerator(CLASSES, min_side=0)
+        twice = targets_for(torch.tensor([1, 3]), ids=ids)
+        generator.add(student[:, [0, 0]], teacher[:, [0, 0]], twice)
+        assert generator.counts().tolist() == [0, 1, 0, 1]
