@@ -179,20 +179,18 @@ class RobustDistillLoss(nn.Module):
                     student_rows = pool_levels(student, targets, self.strides)
                 rows = student_rows, pool_levels(teacher, targets, self.strides)
             s, t, g_s, g_t, prototype_labels = self._prototypes(rows, bank)
-            if self.relation:
-                own = own_class(prototype_labels, targets.labels)
-                relation, omega = relate(
-                    s,
-                    t,
-                    g_s,
-                    g_t,
-                    pairs=own if self.own_class else prototype_labels[:, None, :] >= 0,
-                    beta=self.beta,
-                    own=own,
-                    robust=self.robust_relation,
-                )
-            else:
-                omega = robust_weights(s, t, g_s, g_t, prototype_labels, targets.labels)
+            own = own_class(prototype_labels, targets.labels)
+            # Omega comes out of the same cosines, with and without the term.
+            relation, omega = relate(
+                s,
+                t,
+                g_s,
+                g_t,
+                pairs=own if self.own_class else prototype_labels[:, None, :] >= 0,
+                beta=self.beta,
+                own=own,
+                robust=self.robust_relation,
+            )
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
         if self.imitates:
             foreground, background = self._imitation(

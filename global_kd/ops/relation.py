@@ -114,11 +114,11 @@ class _InOneGo(torch.autograd.Function):
         ctx.dtype = student.dtype
         with torch.autocast(student.device.type, enabled=False):
             u, largest, length = _unit(student)
-            v, _, _ = _unit(g_s)
-            v = v.to(u.dtype)
-            q_s = u @ v.transpose(-1, -2)
+            v, shrink = _scaled(g_s, u.dtype)
+            q_s = (u @ v.transpose(-1, -2)).mul_(shrink)
             u_t, _, _ = _unit(teacher)
-            q_t = u_t @ _unit(g_t)[0].to(u_t.dtype).transpose(-1, -2)
+            v_t, shrink_t = _scaled(g_t, u_t.dtype)
+            q_t = (u_t @ v_t.transpose(-1, -2)).mul_(shrink_t)
             omega = agreement(q_s, q_t, own)
             if robust:
                 weights = omega
@@ -134,7 +134,7 @@ class _InOneGo(torch.autograd.Function):
                 scale = (1 / (counted * (beta * max(1, counted.numel()))))[..., None, None]
                 if weights is not None:
                     scale = scale * weights[..., None]
-                towards = near.mul_(scale) @ v  # the gradient of the unit rows
+                towards = near.mul_(scale).mul_(shrink) @ v  # the gradient of the unit rows
                 across = towards.sub_((towards * u).sum(dim=-1, keepdim=True) * u)
                 ctx.save_for_backward(across.div_(length).div_(largest))
         ctx.mark_non_differentiable(omega)
@@ -145,6 +145,20 @@ class _InOneGo(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * above).to(ctx.dtype), *(None,) * 8
+
+
+def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows ``(..., P, C)`` and factors ``(..., 1, P)`` whose products are the unit rows.
+
+    A bank is far larger than the cosines to it: it is not divided where its lengths are safe.
+    """
+    x = accumulate(x).to(dtype)
+    length = torch.linalg.vector_norm(x, dim=-1)
+    empty = length == 0  # a slot without prototype, or squares that underflowed
+    safe = ((length > 1e-15) & (length < 1e15)) | empty
+    if bool(safe.all()) and not bool(x[empty].any()):
+        return x, torch.where(empty, 0, 1 / length)[..., None, :]
+    return _unit(x)[0], torch.ones_like(length)[..., None, :]
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
