@@ -160,7 +160,7 @@ class Job:
 
         if state.is_file():
             trainer.load(state)
-        elif trainer.run.iteration == 0:
+        else:
             trainer.run.scores.append({"iteration": 0, **look(student)})
         trainer.fit(data.train, label=self.key, state=state, evaluate=look)
         return trainer, kd, teacher
@@ -189,7 +189,6 @@ class Job:
             "omega over training": trainer.run.scores,
             "student": evaluate(trainer.model, self.data, label=None),
             "teacher AP": evaluate(teacher, self.data, label=None)["AP"],
-            "seconds": round(trainer.run.seconds, 1),
             "settings": self.settings,
             "environment": environment(),
         }

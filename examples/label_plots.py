@@ -32,7 +32,7 @@ def draw_label_errors(
 ) -> None:
     """The twenty instances of lowest omega, the twenty that `rival` suspects most, ROC curves."""
     figure = plt.figure(figsize=(14.5, 6.0))
-    gallery, curves = figure.subfigures(1, 2, width_ratios=[2.9, 1])
+    gallery, curves = figure.subfigures(1, 2, squeeze=False, width_ratios=[2.9, 1])[0]
     blocks = gallery.subfigures(2, 1, squeeze=False).flat
     for block, rule in zip(blocks, ("omega", rival), strict=True):
         worst = suspicions[rule].topk(min(20, len(corrupted.kind))).indices.tolist()
