@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def draw_curves(runs: Mapping[str, Run], teacher_ap: float | None, images: int, 
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
@@ -85,11 +85,11 @@ def draw_predictions(
     )
     for row, index in zip(grid, images, strict=True):
         image, target = data.validation[index]
-        _show(row[0], image)
+        show(row[0], image)
         for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
             _outline(row[0], box, data.class_names[label], "white")
         for axes, model in zip(row[1:], models.values(), strict=True):
-            _show(axes, image)
+            show(axes, image)
             found = _detect(model, image, threshold)
             right = _matches(found, target)
             for box, label, score, good in zip(
@@ -108,7 +108,7 @@ def draw_predictions(
         "green: the right class with IoU ≥ 0.5, red: not",
         fontsize=10,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 @torch.no_grad()
@@ -165,12 +165,12 @@ def draw_prototypes(
     kd: Distiller, data: DetectionData, level: int, path: Path, *, images: int, device: str
 ) -> None:
     """A row for each class: the crops chosen as prototypes, then those of the lowest omega."""
-    ids, valid = kd.loss.bank.ids[level].cpu(), kd.loss.bank.valid[level].cpu()
-    classes = [c for c in range(len(ids)) if bool((valid[c] & (ids[c] >= 0)).any())][:12]
+    found = _known_prototypes(kd, level)
+    classes = [label for label, kept in enumerate(found) if kept][:12]
     if not classes:
         return
     doubtful = weigh_instances(kd, data, level, images, device)
-    chosen, low = min(10, ids.shape[1]), 6
+    chosen, low = min(10, kd.loss.bank.ids.shape[2]), 6
     columns = chosen + 1 + low
     figure, grid = plt.subplots(
         len(classes),
@@ -186,12 +186,8 @@ def draw_prototypes(
     for axes in grid.flat:
         axes.axis("off")
     for row, label in zip(grid, classes, strict=True):
-        row[0].text(
-            -0.15, 0.5, data.class_names[label], transform=row[0].transAxes, ha="right",
-            va="center", fontsize=12,
-        )  # fmt: skip
-        kept = [int(i) for i in ids[label][valid[label] & (ids[label] >= 0)]]
-        for axes, identity in zip(row[:chosen], kept, strict=False):
+        _name(row[0], data.class_names[label])
+        for axes, identity in zip(row[:chosen], found[label], strict=False):
             axes.imshow(_crop(data.train, *find_box(identity)))
         for axes, instance in zip(row[chosen + 1 :], doubtful.get(label, [])[:low], strict=False):
             axes.imshow(_crop(data.train, instance.image, instance.box))
@@ -205,7 +201,70 @@ def draw_prototypes(
         grid[0][0], grid[0][chosen - 1], f"prototypes at stride {stride:g}, in the order picked"
     )
     _heading(grid[0][chosen + 1], grid[0][-1], f"lowest ω in {images} training images")
-    _save(figure, path)
+    save(figure, path)
+
+
+def draw_prototypes_by_level(
+    kd: Distiller,
+    data: DetectionData,
+    path: Path,
+    *,
+    shown: int = 8,
+    marked: Collection[int] = (),
+) -> None:
+    """A row for each class, a block for each level: the first crops chosen as prototypes there.
+
+    The numbers (`box_id`) in `marked` get a red frame.
+    """
+    strides = kd.loss.rdm.strides
+    levels = [_known_prototypes(kd, level) for level in range(len(strides))]
+    classes = [c for c in range(data.num_classes) if any(found[c] for found in levels)][:12]
+    if not classes:
+        return
+    figure, grid = plt.subplots(
+        len(classes),
+        len(levels) * (shown + 1) - 1,
+        figsize=(0.62 * len(levels) * (shown + 0.3), 0.74 * len(classes) + 0.7),
+        squeeze=False,
+        gridspec_kw={
+            "wspace": 0.06,
+            "hspace": 0.06,
+            "width_ratios": ([1.0] * shown + [0.3]) * (len(levels) - 1) + [1.0] * shown,
+        },
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, label in zip(grid, classes, strict=True):
+        _name(row[0], data.class_names[label])
+        for level, found in enumerate(levels):
+            start = level * (shown + 1)
+            for axes, identity in zip(row[start : start + shown], found[label], strict=False):
+                axes.imshow(_crop(data.train, *find_box(identity)))
+                if identity in marked:
+                    axes.add_patch(
+                        Rectangle(
+                            (0, 0), 1, 1, fill=False, edgecolor="red", lw=3,
+                            transform=axes.transAxes,
+                        )
+                    )  # fmt: skip
+    for level, stride in enumerate(strides):
+        start = level * (shown + 1)
+        _heading(grid[0][start], grid[0][start + shown - 1], f"stride {stride:g}")
+    save(figure, path)
+
+
+def _known_prototypes(kd: Distiller, level: int) -> list[list[int]]:
+    """Of each class, the numbers (`box_id`) of a level's prototypes, in the order picked."""
+    bank = kd.loss.bank
+    return [
+        [identity for identity in ids[valid].tolist() if identity >= 0]
+        for ids, valid in zip(bank.ids[level].cpu(), bank.valid[level].cpu(), strict=True)
+    ]
+
+
+def _name(axes: Axes, text: str) -> None:
+    """A row's name, left of its first axes."""
+    axes.text(-0.15, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=12)
 
 
 def _heading(first: Axes, last: Axes, text: str) -> None:
@@ -236,7 +295,8 @@ def _inside(middle: float, half: float, length: int) -> float:
     return min(max(middle, half), length - half) if 2 * half <= length else middle
 
 
-def _show(axes: Axes, image: Tensor) -> None:
+def show(axes: Axes, image: Tensor) -> None:
+    """An image (3, H, W) in [0, 1], its pixels as they are."""
     axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -251,6 +311,7 @@ def _outline(axes: Axes, box: Sequence[float], text: str, colour: str) -> None:
     )  # fmt: skip
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and close it."""
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
