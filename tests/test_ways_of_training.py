@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+from global_kd.ops.dispatch import force
 
 from .watch import Graphs
 
