@@ -6,6 +6,7 @@ instances however many ranks there are; *full*: every rank holds a full sample o
 that it can hold.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -87,7 +88,9 @@ def work(
             seconds.append(time.perf_counter() - started)
     result = {"seconds": median(seconds), "sent": sum(sent) // (turns + 1), "bank": bank.teacher}
     torch.save(result | {"held": len(generator)}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # With torch 2.4 Gloo's threads may hang while an interpreter is taken down.
+    os._exit(0)
 
 
 def fill(generator: PrototypeGenerator, channels: int, rank: int, size: int, full: bool) -> None:
