@@ -254,3 +254,5 @@ if __name__ == "__main__":
         torch.save(globals()[name](*place), FOLDER / f"{name}-{place[0]}.pt")
         dist.barrier()
     dist.destroy_process_group()
+    # Gloo's threads may abort or hang while an interpreter is taken down.
+    os._exit(0)

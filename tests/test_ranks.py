@@ -33,7 +33,8 @@ def launch(size: int, folder: Path, *scenarios: str) -> subprocess.CompletedProc
             *(f"--nproc-per-node={size}", "-m", "tests.ranks_at_work", str(folder), *scenarios),
         ],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=240,
