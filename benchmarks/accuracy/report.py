@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from coco_eval import METRICS
 
-from .declaration import Arm, Table
+from .declaration import Arm, Method, Table, Trial
 from .intervals import Difference, paired
 from .store import Store
 
@@ -68,6 +69,80 @@ def cell(gap: Difference | None) -> str:
     return f"**{gap}**" if gap.beyond_noise else str(gap)
 
 
+TERMS: dict[str, dict[str, Any]] = {
+    "imitation": {"foreground": 0.0, "background": 0.0},
+    "soft labels": {"logits": 0.0},
+    "relation": {"relation": 0.0},
+    "ω": {"robust": False},
+}
+
+
+def effects(table: Table, found: Mapping[str, Runs]) -> Iterator[tuple[str, int, list[Difference]]]:
+    """What a term or omega does on average over all pairs of arms that differ in nothing else.
+
+    Name, number of pairs, and the paired difference of each metric over the seeds that have all
+    pairs: a seed counts once, as the mean of its pairs.
+    """
+    arms = {_key(arm.trial, arm.trial.method): arm for arm in table.arms}
+    for name, without in TERMS.items():
+        pairs = [
+            (arm, arms[key])
+            for arm in table.arms
+            if arm.trial.method is not None
+            and (other := dataclasses.replace(arm.trial.method, **without)) != arm.trial.method
+            and (key := _key(arm.trial, other)) in arms
+        ]
+        if len(pairs) < 2:
+            continue
+        gaps = []
+        for metric in METRICS:
+            by_seed: dict[int, list[float]] = {}
+            for arm, partner in pairs:
+                one, two = (percent(found[x.name], metric) for x in (arm, partner))
+                for seed in one.keys() & two.keys():
+                    by_seed.setdefault(seed, []).append(one[seed] - two[seed])
+            whole = {seed: mean(x) for seed, x in by_seed.items() if len(x) == len(pairs)}
+            gaps.append(paired(whole, dict.fromkeys(whole, 0.0)))
+        if all(gap is not None for gap in gaps):
+            yield name, len(pairs), [gap for gap in gaps if gap is not None]
+
+
+def _key(trial: Trial, method: Method | None) -> tuple[Trial, Method | None]:
+    """A trial with another method; without any weight there is none."""
+    if method is not None and not any(
+        (method.foreground, method.background, method.relation, method.logits)
+    ):
+        method = None
+    return trial.plain(), method
+
+
+def averages(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
+    """`effects` as a table."""
+    rows = list(effects(table, found))
+    if rows:
+        yield "What each does on average over all pairs of arms that differ in nothing else:"
+        yield ""
+        head = ["", "pairs", "seeds", *(f"Δ {m}" for m in METRICS)]
+        yield f"| {' | '.join(head)} |"
+        yield f"|{' --- |' * len(head)}"
+        for name, pairs, gaps in rows:
+            yield f"| {' | '.join([name, str(pairs), str(gaps[0].n), *map(cell, gaps)])} |"
+        yield ""
+
+
+def teachers(table: Table, store: Store) -> Iterator[str]:
+    """How good they are, on the scenes that the reported students are scored on."""
+    known = {arm.trial.teacher for arm in table.arms if arm.trial.teacher is not None}
+    parts = [
+        f"`{teacher.identity}` AP {100 * result['scores']['AP']:.1f}"
+        for teacher in sorted(known, key=lambda x: x.identity)
+        if (result := store.result(teacher)) is not None and "scores" in result
+    ]
+    if parts:
+        yield f"Teachers: {', '.join(parts)}."
+        yield ""
+
+
 def separations(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
     """How well omega told disturbed instances from clean ones, where there are such."""
     parts = []
@@ -104,7 +179,9 @@ def section(table: Table, store: Store, seeds: int, device: str, images: Path) -
     for row in rows(table, found):
         yield f"| {' | '.join(row)} |"
     yield ""
+    yield from averages(table, found)
     yield from separations(table, found)
+    yield from teachers(table, store)
     for file, what in plots(table, found, device, images):
         yield f"![{what}](images/{file.name})"
         yield ""
