@@ -160,8 +160,9 @@ class TestOneProcess:
     def test_teacher_then_student(self, coco, tmp_path, arch, capsys):
         teacher = tmp_path / "teacher"
         common = ["--quick", "--arch", arch, "--data", str(coco)]
-        taught = run([*common, "--depth", "101", "--no-distill", "--output", str(teacher)])
-        assert taught.kd is None and not (teacher / "check.txt").exists()
+        coco_torchvision.main([*common, "--depth", "101", "--no-distill", "--output", str(teacher)])
+        assert not (teacher / "check.txt").exists()
+        taught = torch.load(teacher / "model.pt", weights_only=True)
         output = tmp_path / "student"
         more = ["--output", output, "--amp", "--channels-last", "--log-dir", tmp_path / "events"]
         capsys.readouterr()
@@ -172,7 +173,7 @@ class TestOneProcess:
         assert all(0 <= results[name] <= 1 for name in METRICS)
         assert [row["epoch"] for row in results["epochs"]] == [1, 2] and results["epoch"] == 2
         assert results["epochs"][1]["losses"].keys() >= {"kd_relation", "kd_logits"}
-        assert results["parameters"] < sum(p.numel() for p in taught.student.parameters())
+        assert results["parameters"] < sum(x.numel() for x in taught.values())
         assert results["options"]["arch"] == arch and results["options"]["processes"] == 1
         assert list((tmp_path / "events").glob("events.out.tfevents.*"))
         # The file fits the bare model.
@@ -186,6 +187,41 @@ class TestOneProcess:
         # Prototypes are annotations of the training split.
         ids, valid = training.kd.loss.bank.ids, training.kd.loss.bank.valid
         assert valid.any() and set(ids[valid].tolist()) <= set(training.data.train.truth.anns)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_the_real_detectors_take_a_step(self, coco, tmp_path, monkeypatch, arch):
+        # Without --quick; ResNets of depth 18 and pictures of 96 x 64 keep it short.
+        def smaller(*arguments, **options):
+            model = detectors.resnet_detector(*arguments, **options)
+            model.transform.min_size, model.transform.max_size = (64,), 96
+            return model
+
+        monkeypatch.setattr(coco_torchvision, "resnet_detector", smaller)
+        weights = tmp_path / "resnet18.pt", tmp_path / "teacher.pt"
+        torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights[0])
+        torch.save(detectors.resnet_detector(arch, 18, 6).state_dict(), weights[1])
+        options = f"--arch {arch} --depth 18 --teacher-depth 18 --data {coco} --workers 0".split()
+        options += ["--backbone-weights", weights[0], "--teacher", weights[1], "--output", tmp_path]
+        training = coco_torchvision.Training(
+            self.prepared(list(map(str, options))), Place(0, 1, torch.device("cpu"))
+        )
+        loss = training.kd.loss
+        finest = {"fasterrcnn": 4, "retinanet": 8}[arch]
+        assert loss.rdm.strides == tuple(finest * 2**n for n in range(5))
+        assert loss.total_steps == 24 * 6 and loss.refresh_every is None
+        generator = loss.generator
+        assert (generator.min_side, generator.max_instances, generator.num_prototypes) == (
+            30, 800, 10,
+        )  # fmt: skip
+        body = training.student.backbone.body
+        before = [body.layer1[0].conv1.weight.clone(), body.layer4[0].conv1.weight.clone()]
+        training.optimizer.param_groups[0]["lr"] = 0.01
+        losses = training.step(*next(training.batches(0, 0)))
+        assert all(x.isfinite() for x in losses.values())
+        assert losses["kd_foreground"] > 0 and losses["kd_logits"] > 0
+        assert torch.equal(body.layer1[0].conv1.weight, before[0])
+        assert not torch.equal(body.layer4[0].conv1.weight, before[1])
 
     @pytest.mark.parametrize("arch", ARCHS)
     def test_the_papers_settings(self, coco, teachers, tmp_path, arch):
@@ -213,7 +249,7 @@ class TestOneProcess:
     def prepared(self, arguments):
         args = parse(arguments)
         args.processes, args.amp = 1, False
-        args.output.mkdir(parents=True)
+        args.output.mkdir(parents=True, exist_ok=True)
         return args
 
     def test_defaults(self, coco):
@@ -242,6 +278,8 @@ class TestOneProcess:
                 run(arguments)
         assert not (tmp_path / "broken" / arch / "model.pt").exists()
         torch.rand(5)  # whatever happens to the random state in between
+        with pytest.raises(SystemExit, match="There is a run in .* give --resume, or another"):
+            run(arguments)
         resumed = run(arguments, "--resume")
         assert equal(resumed.student.state_dict(), whole.student.state_dict())
         assert equal(bank(resumed), bank(whole)) and bank(whole)["valid"].any()
