@@ -187,6 +187,7 @@ class Training:
             start, done = time.perf_counter(), len(self.history)
             self.renew_prototypes()
             losses = self.train_epoch(done)
+            self.place.share_buffers(self.student)
             if self.kd is not None and self.args.prototypes == "stream":
                 self.kd.loss.refresh()  # now, so that the checkpoint holds no sample
             seconds = round(time.perf_counter() - start, 1)
@@ -271,7 +272,6 @@ class Training:
 
     def detections(self) -> list[dict[str, Any]]:
         """Those on all validation images; each rank detects on a share, in float32."""
-        self.place.share_buffers(self.student)
         mine = range(self.place.rank, len(self.data.validation), self.place.size)
         label = "evaluate" if self.place.rank == 0 else None
         found = detect(self.student, self.data, mine, label=label, batch_size=1)
@@ -299,7 +299,6 @@ class Training:
         """Rank 0 writes everything needed to go on, in one file that is complete or not there."""
         cuda = torch.cuda.get_rng_state() if self.place.device.type == "cuda" else None
         random = self.place.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
-        self.place.share_buffers(self.student)
         if self.place.rank == 0:
             state = {
                 "history": self.history,

@@ -18,7 +18,7 @@ from coco_options import parse
 from detection_data import epoch_batches, load_coco
 from processes import Place, join
 
-from .coco_ranks import RUNS, options
+from .coco_ranks import RUNS, options, stop_in_the_second_epoch
 from .conftest import EXAMPLES
 from .trees import write_coco
 
@@ -259,23 +259,10 @@ class TestOneProcess:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("arch", ARCHS)
-    def test_a_resumed_run_ends_with_the_same_numbers(
-        self, coco, teachers, tmp_path, arch, monkeypatch
-    ):
+    def test_a_resumed_run_ends_with_the_same_numbers(self, coco, teachers, tmp_path, arch):
         whole = run(options(arch, coco, teachers, tmp_path / "whole"))
         arguments = options(arch, coco, teachers, tmp_path / "broken")
-        epoch = coco_torchvision.Training.train_epoch
-
-        def interrupted(self, number):
-            if number == 1:
-                self.step(*next(self.batches(1, 0)))  # some of the second epoch is lost
-                raise KeyboardInterrupt
-            return epoch(self, number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(coco_torchvision.Training, "train_epoch", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                run(arguments)
+        stop_in_the_second_epoch(arguments, Place(0, 1, torch.device("cpu")))
         assert not (tmp_path / "broken" / arch / "model.pt").exists()
         torch.rand(5)  # whatever happens to the random state in between
         with pytest.raises(SystemExit, match="There is a run in .* give --resume, or another"):
@@ -320,6 +307,15 @@ class TestSeveralProcesses:
             assert equal(first[part], second[part]), part
         assert first["bank"]["valid"].any()
         assert first["steps"] == second["steps"] == 2 * 3  # 12 images, 2 ranks of 2
+
+    @pytest.mark.slow
+    def test_a_resumed_run_ends_with_the_same_numbers(self, ends, folder):
+        arch, _, whole = ends
+        for rank in range(2):
+            resumed = torch.load(folder / "resumed" / f"{arch}-{rank}.pt", weights_only=True)
+            for part in ("student", "adapters", "bank"):
+                assert equal(resumed[part], whole[rank][part]), part
+            assert resumed["detections"] == whole[rank]["detections"]
 
     @pytest.mark.slow
     def test_the_prototypes_come_from_both_shares(self, ends, coco):
