@@ -53,18 +53,12 @@ from detection_data import (
     ordered_batches,
     to_device,
 )
-from detectors import (
-    build_detector,
-    load_backbone,
-    load_weights,
-    resnet_detector,
-    small_retinanet,
-)
+from detectors import load_backbone, load_weights, resnet_detector, small_retinanet
 from global_kd import Distiller, GlobalKnowledgeLoss, Schedule
 from options import note_options
 from processes import Place, join
 from report import environment, tensorboard
-from small_detectors import SIZES
+from small_detectors import SIZES, small_faster_rcnn
 
 LOG_EVERY = 50  # iterations
 
@@ -118,10 +112,8 @@ class Training:
         if not args.quick:
             model = resnet_detector(args.arch, depth, classes, trained=trained)
         else:
-            size = "small-student" if depth == 50 else "small-teacher"
-            model = build_detector(size, classes)
-            if args.arch == "retinanet":
-                model = small_retinanet(SIZES[size], classes)
+            small = small_retinanet if args.arch == "retinanet" else small_faster_rcnn
+            model = small(SIZES["small-student" if depth == 50 else "small-teacher"], classes)
         return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
     def initialise(self) -> None:
@@ -202,9 +194,16 @@ class Training:
         if self.kd is None or self.args.prototypes != "refresh":
             return
         mine = range(self.place.rank, len(self.train), self.place.size)
-        loaded = ordered_batches(self.train, mine, self.args.batch_size, workers=self.args.workers)
+        size = self.args.batch_size
+        loaded = ordered_batches(self.train, mine, size, workers=self.args.workers)
+        batches = tqdm(
+            to_device(loaded, self.place.device),
+            total=math.ceil(len(mine) / size),
+            desc="prototypes",
+            disable=self.place.rank != 0,
+        )
         with self.precision():
-            self.kd.refresh(to_device(loaded, self.place.device), progress=self.place.rank == 0)
+            self.kd.refresh(batches, progress=False)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training images; returns the losses of its last iteration."""
