@@ -19,11 +19,17 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, data: DetectionData, indices: Sequence[int], *, label: str | None = "evaluate"
+    model: nn.Module,
+    data: DetectionData,
+    indices: Sequence[int],
+    *,
+    label: str | None = "evaluate",
+    batch_size: int = 25,
 ) -> list[dict[str, Any]]:
     """Detections on validation images, in COCO's result format; the model keeps its mode.
 
-    `label` stands before the progress bar; None shows no bar.
+    `label` stands before the progress bar; None shows no bar. Images of unlike sizes are padded to
+    one size in a batch, which may move a detection a little: `batch_size=1` rules that out.
     """
     device = next(model.parameters()).device
     image_ids = sorted(data.ground_truth.imgs)
@@ -32,9 +38,9 @@ def detect(
     model.eval()
     try:
         for start in tqdm(
-            range(0, len(indices), 25), desc=label, leave=False, disable=label is None
+            range(0, len(indices), batch_size), desc=label, leave=False, disable=label is None
         ):
-            batch = indices[start : start + 25]
+            batch = indices[start : start + batch_size]
             outputs = model([data.validation[index][0].to(device) for index in batch])
             for index, output in zip(batch, outputs, strict=True):
                 sizes = output["boxes"][:, 2:] - output["boxes"][:, :2]

@@ -71,7 +71,7 @@ def find_box(identity: int) -> tuple[int, int]:
 
 
 class _Batches(Dataset[tuple[Tensor, Target]]):
-    """A split addressed by (index, flipped), with "ids" (r,) added to every target."""
+    """A split addressed by (index, flipped), its targets with "ids" (r,): its own or `box_id`s."""
 
     def __init__(self, split: DetectionSet) -> None:
         self.split = split
@@ -84,7 +84,9 @@ class _Batches(Dataset[tuple[Tensor, Target]]):
             image = hflip(image)
             boxes = boxes[:, [2, 1, 0, 3]] * boxes.new_tensor([-1, 1, -1, 1])
             boxes = boxes + boxes.new_tensor([image.shape[-1], 0, image.shape[-1], 0])
-        ids = torch.arange(len(boxes)) + box_id(index, 0)
+        ids = target.get("ids")
+        if ids is None:
+            ids = torch.arange(len(boxes)) + box_id(index, 0)
         return image, {"boxes": boxes, "labels": target["labels"], "ids": ids}
 
 
@@ -101,25 +103,44 @@ def epoch_batches(
     flip: bool = False,
     skip: int = 0,
     workers: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    wide: Sequence[bool] | None = None,
 ) -> Iterator[Batch]:
     """The full batches of one epoch: order and mirroring depend on `seed` and `epoch` alone.
 
-    `skip` leaves out the first batches, to go on where an interrupted run stopped.
+    `skip` leaves out the first batches, to go on where an interrupted run stopped. Several `ranks`
+    share batches of `ranks * batch_size` images: all take equally many steps, and together they see
+    what one rank would with the larger batch. With `wide`, which says of each image whether it is
+    wider than high, the images of a step are of one orientation, so that less of it is padding.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator).tolist()
     mirrored = (torch.rand(len(split), generator=generator) < 0.5 * flip).tolist()
-    keys = list(zip(order, mirrored, strict=True))
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < batch_size:
-        batches.pop()
-    return _load(split, batches[skip:], workers)
+    keys, whole = list(zip(order, mirrored, strict=True)), ranks * batch_size
+    groups = [keys]
+    if wide is not None:
+        groups = [[key for key in keys if wide[key[0]] == side] for side in (True, False)]
+    batches = [group[i : i + whole] for group in groups for i in range(0, len(group), whole)]
+    if len(batches) > 1:
+        batches = [batch for batch in batches if len(batch) == whole]
+    if wide is not None:  # else all the wide ones would come first
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+    return _load(split, [batch[rank::ranks] for batch in batches[skip:]], workers)
 
 
 def first_batches(split: DetectionSet, images: int, batch_size: int) -> Iterator[Batch]:
     """The first images of a split, in order."""
-    keys = [(index, False) for index in range(min(images, len(split)))]
-    return _load(split, [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)], 0)
+    return ordered_batches(split, range(min(images, len(split))), batch_size)
+
+
+def ordered_batches(
+    split: DetectionSet, indices: Sequence[int], batch_size: int, *, workers: int = 0
+) -> Iterator[Batch]:
+    """These images of a split, in this order and not mirrored."""
+    keys = [(index, False) for index in indices]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    return _load(split, batches, workers)
 
 
 def to_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
@@ -191,9 +212,16 @@ def _as_coco(
 
 
 class CocoSplit:
-    """One split of a COCO tree; image n is the n-th image id in ascending order."""
+    """One split of a COCO tree; image n is the n-th image id in ascending order.
 
-    def __init__(self, root: Path, split: str) -> None:
+    Crowds and boxes without area are not trained on; without `keep_empty` neither are images that
+    have nothing else. With `annotation_ids` the targets hold the numbers of their annotations as
+    "ids".
+    """
+
+    def __init__(
+        self, root: Path, split: str, *, annotation_ids: bool = False, keep_empty: bool = True
+    ) -> None:
         pictures, annotations = root / split, root / "annotations" / f"instances_{split}.json"
         for path in (pictures, annotations):
             if not path.exists():
@@ -206,20 +234,39 @@ class CocoSplit:
         self.truth: COCO = self.source.coco
         if min(self.truth.getCatIds(), default=0) < 1:
             raise SystemExit(f"{annotations} needs categories with ids from 1; 0 is background.")
+        if not keep_empty:
+            annotated = self.truth.imgToAnns
+            self.source.ids = [i for i in self.source.ids if any(map(_trains, annotated[i]))]
         self.image_ids: list[int] = self.source.ids
+        self.annotation_ids = annotation_ids
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         picture, annotations = self.source[index]
-        boxes, labels = [], []
+        annotations = [annotation for annotation in annotations if _trains(annotation)]
+        boxes = []
         for annotation in annotations:
             x, y, width, height = annotation["bbox"]
-            if width > 0 and height > 0 and not annotation.get("iscrowd", 0):
-                boxes.append([x, y, x + width, y + height])
-                labels.append(annotation["category_id"])
-        return pil_to_tensor(picture).float() / 255, _target(boxes, labels)
+            boxes.append([x, y, x + width, y + height])
+        target = _target(boxes, [annotation["category_id"] for annotation in annotations])
+        if self.annotation_ids:
+            ids = [annotation["id"] for annotation in annotations]
+            target["ids"] = torch.tensor(ids, dtype=torch.int64)
+        return pil_to_tensor(picture).float() / 255, target
+
+    @property
+    def wide(self) -> list[bool]:
+        """Of each image whether it is wider than high, by the annotation file."""
+        entries = (self.truth.imgs[image] for image in self.image_ids)
+        return [bool(entry["width"] > entry["height"]) for entry in entries]
+
+
+def _trains(annotation: dict[str, Any]) -> bool:
+    """Whether a COCO annotation is a box to train on."""
+    width, height = annotation["bbox"][2:]
+    return width > 0 and height > 0 and not annotation.get("iscrowd", 0)
 
 
 class VocSplit:
@@ -270,9 +317,15 @@ def _target(boxes: list[list[float]], labels: list[int]) -> Target:
     }
 
 
-def load_coco(root: Path) -> DetectionData:
-    """`root`/{train2017,val2017} and `root`/annotations/instances_{train2017,val2017}.json."""
-    train, validation = CocoSplit(root, "train2017"), CocoSplit(root, "val2017")
+def load_coco(
+    root: Path, *, annotation_ids: bool = False, keep_empty: bool = True
+) -> DetectionData:
+    """`root`/{train2017,val2017} and `root`/annotations/instances_{train2017,val2017}.json.
+
+    The options are those of `CocoSplit`, for the training split.
+    """
+    train = CocoSplit(root, "train2017", annotation_ids=annotation_ids, keep_empty=keep_empty)
+    validation = CocoSplit(root, "val2017")
     categories = {c["id"]: c["name"] for c in train.truth.loadCats(train.truth.getCatIds())}
     unknown = set(validation.truth.getCatIds()) - set(categories)
     if unknown:

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import storage
 from digit_scenes import SceneSettings
-from small_detectors import SIZES, small_faster_rcnn
+from small_detectors import SIZES, Size, SmallPyramid, small_faster_rcnn
 from source_digest import source_digest
 from training import Recipe
 
@@ -71,6 +76,68 @@ def _from_torchvision(name: str, num_classes: int, weights: str | None) -> nn.Mo
         return build(name, weights=None, weights_backbone=backbone, num_classes=num_classes)
     except (urllib.error.URLError, OSError) as error:
         raise SystemExit(f"Cannot download the weights of {name}: {error}.") from None
+
+
+def resnet_detector(
+    family: str, depth: int, num_classes: int, *, trained: bool = True
+) -> nn.Module:
+    """A Faster R-CNN or RetinaNet ("fasterrcnn", "retinanet") on a ResNet of any depth.
+
+    Built as torchvision builds `fasterrcnn_resnet50_fpn` and `retinanet_resnet50_fpn`: with depth
+    50, weights fit from one to the other. `trained`: the backbone gets trained weights, so batch
+    norm, stem and first stage stay as they are.
+    """
+    retinanet = family == "retinanet"
+    pyramid = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+    backbone = resnet_fpn_backbone(
+        backbone_name=f"resnet{depth}",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d if trained else nn.BatchNorm2d,
+        trainable_layers=3 if trained else 5,
+        **(pyramid if retinanet else {}),
+    )
+    detector: nn.Module = (RetinaNet if retinanet else FasterRCNN)(backbone, num_classes)
+    return detector
+
+
+def small_retinanet(size: Size, num_classes: int, side: int = 96) -> RetinaNet:
+    """`small_faster_rcnn`'s pyramid under a RetinaNet.
+
+    It starts with scores of 0.01 and keeps detections from 0.001, so that there are some early.
+    """
+    return RetinaNet(
+        SmallPyramid(size),
+        num_classes,
+        min_size=side,
+        max_size=side,
+        anchor_generator=AnchorGenerator(((13,), (22,), (40,)), ((1.0,),) * 3),
+        score_thresh=0.001,
+        topk_candidates=150,
+        detections_per_img=30,
+    )
+
+
+def load_backbone(model: nn.Module, weights: str, depth: int) -> None:
+    """ImageNet weights into a `resnet_detector`: torchvision's ("imagenet") or those of a file."""
+    if weights == "imagenet":
+        known = torchvision.models.get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"]
+        try:
+            stored = known.get_state_dict(progress=True, check_hash=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise SystemExit(
+                f"Cannot download the ImageNet weights of ResNet-{depth} "
+                f"({storage.first_line(error)}); give --backbone-weights the file of {known.url}, "
+                "or random, to train from nothing."
+            ) from None
+    else:
+        stored = storage.load(Path(weights))
+        if not isinstance(stored, dict):
+            raise SystemExit(f"{weights} is not a file of weights.")
+    body: nn.Module = model.backbone.body  # type: ignore[assignment, union-attr]
+    try:
+        body.load_state_dict({k: v for k, v in stored.items() if not k.startswith("fc.")})
+    except RuntimeError:
+        raise SystemExit(f"{weights} holds no weights of a ResNet-{depth}.") from None
 
 
 def load_weights(model: nn.Module, path: Path, num_classes: int) -> None:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -150,11 +150,19 @@ def prepare(args: argparse.Namespace) -> None:
             f"--device {args.device} cannot be used: {storage.first_line(error)}."
         ) from None
     storage.require_disk(args.output, 2**20, "the output")
+    note_options(args, _FREE)
+    if not args.resume:  # what an earlier run left to resume is not ours
+        for state in STATES:
+            state_file(args, state).unlink(missing_ok=True)
+
+
+def note_options(args: argparse.Namespace, free: Collection[str]) -> None:
+    """Write the options to `options.json`; `--resume` wants them again, but for `free` ones."""
     note = args.output / "options.json"
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in sorted(vars(args).items())
-        if name not in _FREE
+        if name not in free
     }
     options = json.loads(json.dumps(options))
     if args.resume:
@@ -167,7 +175,4 @@ def prepare(args: argparse.Namespace) -> None:
                     f"Cannot resume: the run in {args.output} has --{name.replace('_', '-')} "
                     f"{former.get(name)}, not {value}."
                 )
-    else:  # what an earlier run left to resume is not ours
-        for state in STATES:
-            state_file(args, state).unlink(missing_ok=True)
     note.write_text(json.dumps(options, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 import global_kd
 from coco_eval import METRICS, evaluate
 from detection_data import DetectionData
-from distillation import Experiment
+from distillation import Experiment, Log
 from plots import draw_curves, draw_predictions, draw_prototypes
 from training import Run
 
@@ -44,15 +45,37 @@ def collect(
         "overhead": slow / plain - 1 if slow and plain else None,
         "areas": {"small": [0, small], "medium": [small, medium], "large": [medium, None]},
         "options": json.loads((args.output / "options.json").read_text()),
-        "environment": {
-            "global_kd": getattr(global_kd, "__version__", "unknown"),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "device": args.device,
-        },
+        "environment": environment(args.device),
     }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What else numbers depend on."""
+    return {
+        "global_kd": getattr(global_kd, "__version__", "unknown"),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+
+
+def tensorboard(folder: Path | None) -> Log | None:
+    """A function that logs (name, value, iteration) for TensorBoard; None without a folder."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("--log-dir needs TensorBoard: pip install tensorboard.") from None
+    writer = SummaryWriter(str(folder))
+
+    def log(name: str, value: float, iteration: int) -> None:
+        writer.add_scalar(name, value, iteration)
+        writer.flush()
+
+    return log
 
 
 def table(metrics: dict[str, Any]) -> str:

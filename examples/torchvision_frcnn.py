@@ -26,7 +26,7 @@ from detectors import build_detector, find_teacher, half, keep_teacher, teacher_
 from digit_scenes import SceneSettings
 from distillation import Experiment, Log
 from options import knowledge, parse, prepare, prepare_process, state_file
-from report import ROWS, collect, draw, table
+from report import ROWS, collect, draw, table, tensorboard
 from training import Interrupted, Recipe, Run, Trainer
 
 
@@ -114,7 +114,7 @@ def train_plain(args: argparse.Namespace) -> None:
     prepare_process(args)
     experiment = dataclasses.replace(make_experiment(args), line=1)
     try:
-        train_arm(args, experiment, "none", resume=args.resume, log=tensorboard(args, "none"))
+        train_arm(args, experiment, "none", resume=args.resume, log=logger(args, "none"))
     except (Interrupted, KeyboardInterrupt):
         raise SystemExit(130) from None
 
@@ -157,12 +157,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     if len(arms) == args.processes == 2:
         with beside(train_plain, args):
-            log = tensorboard(args, "gk")
+            log = logger(args, "gk")
             trainers["gk"] = train_arm(args, experiment, "gk", resume=args.resume, log=log)
         trainers["none"] = train_arm(args, experiment, "none", resume=True, log=None)
     else:
         for arm in arms:
-            log = tensorboard(args, arm)
+            log = logger(args, arm)
             trainers[arm] = train_arm(args, experiment, arm, resume=args.resume, log=log)
     for arm in arms:
         models[ROWS[arm]], runs[ROWS[arm]] = trainers[arm].model, trainers[arm].run
@@ -175,21 +175,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return metrics
 
 
-def tensorboard(args: argparse.Namespace, arm: str) -> Log | None:
-    """A function that logs (name, value, iteration) for TensorBoard."""
-    if args.log_dir is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise SystemExit("--log-dir needs TensorBoard: pip install tensorboard.") from None
-    writer = SummaryWriter(str(args.log_dir / arm))
-
-    def log(name: str, value: float, iteration: int) -> None:
-        writer.add_scalar(name, value, iteration)
-        writer.flush()
-
-    return log
+def logger(args: argparse.Namespace, arm: str) -> Log | None:
+    """Of one student, if TensorBoard is wanted."""
+    return tensorboard(None if args.log_dir is None else args.log_dir / arm)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
