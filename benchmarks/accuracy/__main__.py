@@ -14,7 +14,7 @@ from typing import Any
 
 import storage
 
-from . import report
+from . import gradients, report
 from .declaration import Table, Trial
 from .experiments import GRIDS
 from .perform import perform
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         ("list", "how many trainings there are, how many are done, what the others cost"),
         ("run", "train what has no result, the most telling first; goes on where it stopped"),
         ("report", "tables and plots of docs/evidence.md"),
+        ("gradients", "how large each term's gradient is beside that of the detection losses"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--only", metavar="PATTERN", help="beginning of names, such as 'q1'")
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--quick", action="store_true", help=f"tiny trainings to see that it works, in {QUICK}"
         )
+        if name in ("run", "gradients"):
+            command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
         if name == "run":
             command.add_argument(
                 "--minutes", type=float, help="then save and stop; the same command goes on"
@@ -54,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--processes", type=int, default=1, help="trainings at a time, one thread each"
             )
-            command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
         if name == "report":
             command.add_argument("--page", type=Path, default=report.PAGE)
     return described
@@ -106,6 +108,9 @@ def main(words: Sequence[str] | None = None) -> int:
     tables = GRIDS[args.grid or GRID[args.device]]
     tables = [shrunk(table) for table in tables] if args.quick else tables
     store = Store(results / args.device, getattr(args, "cache", Path()))
+    if args.name == "gradients":
+        gradients.write(store)
+        return 0
     seeds = args.seeds or SEEDS[args.device]
     if args.name == "list":
         print(summary(tables, seeds, store, args.only))

@@ -179,49 +179,67 @@ class Scale:
         ]
 
     def question_2(self) -> list[Table]:
+        titles = {
+            "alone": "The relation term alone",
+            "beside": "The relation term beside the soft labels",
+        }
         return [
             self._table(
-                f"q2-{start}", f"The relation term, {start} start (tuning split)", rank, arms
+                f"q2-{start}-{key}",
+                f"{titles[key]}, {how} (tuning split)",
+                rank + (key == "beside"),
+                arms,
             )
-            for start, rank, base in (
-                ("cold", 3, self.student(split="tuning", iterations=self.explore)),
-                ("warm", 8, self.continued(split="tuning")),
+            for start, how, rank, base in (
+                (
+                    "cold",
+                    "from random weights",
+                    2,
+                    self.student(split="tuning", iterations=self.explore),
+                ),
+                ("warm", "warm start", 8, self.continued(split="tuning")),
             )
-            for arms in [self._relations(base)]
+            for key, arms in self._relations(base).items()
         ]
 
-    def _relations(self, base: Trial) -> tuple[Arm, ...]:
-        """The switches of the relation term, one at a time, alone; and beside the soft labels."""
-        switches: dict[str, dict[str, Any]] = {
+    def _relations(self, base: Trial) -> dict[str, tuple[Arm, ...]]:
+        """The switches of the relation term, one at a time, "alone" and "beside" soft labels."""
+        none, first = Arm("none", base, ()), "as in question 1"
+        alone = [none]
+        beside = [none, Arm("soft labels", taught(base, self.method("soft labels")))]
+        for name, how in self.relations().items():
+            trial = taught(base, self.method("relation", **how))
+            alone.append(Arm(name, trial, ("none",) if name == first else ("none", first)))
+            trial = taught(base, self.method("soft labels + relation", **how))
+            beside.append(Arm(name, trial, ("soft labels",)))
+        return {"alone": tuple(alone), "beside": tuple(beside)}
+
+    def relations(self) -> dict[str, dict[str, Any]]:
+        """What the relation term is asked to do, by name.
+
+        Weights of other forms and spaces are such that the gradient that reaches the backbone is
+        about as large as that of question 1 (`python -m benchmarks.accuracy gradients`).
+        """
+        return {
             "as in question 1": {},
-            "prototypes renewed four times less often": {"refresh_every": 4 * self.refresh_every},
-            "prototypes of the last batch": {"refresh_every": 1},
-            "prototypes of 1000 images, every epoch": {"prototype_images": 1000},
-            "centred": {"center": True},
-            "own class": {"own_class": True},
-            "ground-truth boxes": {"boxes": "ground_truth"},
             "weight 0.5": {"relation": 0.5},
             "weight 25": {"relation": 25.0},
-            "projection coefficients": {"form": "projection"},
-            "softened similarities": {"form": "softened", "relation": 0.5},
-            "3x3 grid": {"space": "grid"},
-            "embedding of the RoI head": {"space": "embedding"},
-            "embedding, own class": {"space": "embedding", "own_class": True},
-            "embedding, softened": {"space": "embedding", "form": "softened", "relation": 0.5},
+            "prototypes of the last batch": {"refresh_every": 1},
+            "prototypes renewed four times less often": {"refresh_every": 4 * self.refresh_every},
+            "prototypes of 1000 images, every epoch": {"prototype_images": 1000},
+            "ground-truth boxes": {"boxes": "ground_truth"},
+            "own class": {"own_class": True},
+            "centred": {"center": True, "relation": 2.0},
+            "projection coefficients": {"form": "projection", "relation": 1.0},
+            "softened similarities": {"form": "softened", "relation": 0.3},
+            "3x3 grid": {"space": "grid", "relation": 10.0},
+            "embedding of the RoI head": {"space": "embedding", "relation": 15.0},
+            "embedding, own class": {"space": "embedding", "own_class": True, "relation": 10.0},
+            "embedding, softened": {"space": "embedding", "form": "softened", "relation": 0.2},
             "random prototypes": {"pick": "random"},
             "k-means prototypes": {"pick": "kmeans"},
             "class means": {"pick": "means"},
         }
-        arms = [Arm("none", base, ())]
-        first = "as in question 1"
-        for name, how in switches.items():
-            trial = taught(base, self.method("relation", **how))
-            arms.append(Arm(name, trial, ("none",) if name == first else ("none", first)))
-        arms.append(Arm("soft labels", taught(base, self.method("soft labels"))))
-        for name, how in switches.items():
-            trial = taught(base, self.method("soft labels + relation", **how))
-            arms.append(Arm(f"soft labels + {name}", trial, ("soft labels",)))
-        return tuple(arms)
 
     def question_3(self) -> list[Table]:
         kinds: dict[str, tuple[str, int, dict[str, Any]]] = {
