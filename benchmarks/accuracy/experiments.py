@@ -92,6 +92,39 @@ class Scale:
             arms.append(Arm(f"{name}, no omega", without, ("none", name)))
         return tuple(arms)
 
+    def defaults(self, base: Trial) -> tuple[Arm, ...]:
+        """The weights of the examples, of the paper, and steps from one to the other."""
+        paper = {
+            "foreground": 1.0,
+            "background": 4.0,
+            "relation": 25.0,
+            "logits": 1.0,
+            "standardize": False,
+            "levels": "assigned",
+        }
+        sets: dict[str, dict[str, Any]] = {
+            "the examples'": {},
+            "without relation": {"relation": 0.0},
+            "without relation, assigned level": {"relation": 0.0, "levels": "assigned"},
+            "without relation and omega": {"relation": 0.0, "robust": False},
+            "the paper's": paper,
+            "the paper's, relation 5": paper | {"relation": 5.0},
+            "the paper's, no relation": paper | {"relation": 0.0},
+            "the paper's, no relation, standardized": paper
+            | {"relation": 0.0, "standardize": True},
+        }
+        return (
+            Arm("none", base, ()),
+            *(
+                Arm(
+                    name,
+                    taught(base, self.method("all", **how)),
+                    ("none",) if name == "the examples'" else ("none", "the examples'"),
+                )
+                for name, how in sets.items()
+            ),
+        )
+
     def equal_time(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
         """Each set of terms beside no distillation for as many iterations as take the same time."""
         arms = [Arm("none", base, ())]
@@ -159,6 +192,9 @@ class Scale:
         }
         warm, cold = self.continued(), self.student()
         return [
+            self._table(
+                "q1-defaults", "Sets of weights, from random weights", 2, self.defaults(cold)
+            ),
             self._table("q1-warm", "Terms, warm start", 5, self.terms(warm, tuple(TERMS))),
             self._table("q1-cold", "Terms, from random weights", 1, self.terms(cold, tuple(TERMS))),
             self._table(
