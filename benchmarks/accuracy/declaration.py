@@ -178,6 +178,8 @@ def declared(value: Any) -> Any:
         part = getattr(value, field.name)
         if "neutral" in field.metadata and part == field.metadata["neutral"]:
             continue
+        if field.type == "float":
+            part = float(part)  # 0 and 0.0 are one weight
         content[field.name] = part.identity if isinstance(part, Trial) else declared(part)
     return content
 

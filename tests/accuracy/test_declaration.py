@@ -47,6 +47,14 @@ def test_what_a_trial_rests_on_is_part_of_it():
     assert one.identity != other.identity
 
 
+def test_equal_trials_have_equal_identities():
+    known = {}
+    for grid in GRIDS.values():
+        for trial in everything(in_order(grid, 2)):
+            assert known.setdefault(trial, trial.identity) == trial.identity
+    assert Trial(lr=1).identity == Trial(lr=1.0).identity
+
+
 def test_a_field_that_came_later_changes_no_older_identity():
     known = declared(Method())
     assert not {"form", "space", "pick", "standardize"} & set(known)
