@@ -8,8 +8,8 @@ Five questions, in the order in which they are worth the time:
 4. Teacher size, number of prototypes, alpha, levels: curves, not points.
 5. Can a student surpass its teacher.
 
-`REDUCED` is what two cores train in an afternoon; there most questions are asked of a warm start,
-which needs fewer iterations. `FULL`, whose tables are called `full-...`, is for a GPU.
+`REDUCED` is what two cores train in a day, its first ranks in an afternoon. `FULL`, whose tables
+are called `full-...`, is for a GPU.
 
 Question 2 chooses among many arms, so it is asked on the tuning split; what wins there is declared
 here once more, on the reporting split, before it is believed. Not asked, because nothing can switch
@@ -150,12 +150,11 @@ class Scale:
     def disturbed(self, names: tuple[str, ...], **shares: Any) -> tuple[Arm, ...]:
         """Terms with and without omega on disturbed scenes, and the same on clean ones.
 
-        Teacher and warm start saw clean scenes; what an arm loses is its difference to itself on
-        clean ones.
+        The teacher saw clean scenes; what an arm loses is its difference to itself on clean ones.
         """
         data = Data(disturbance=Disturbance(**shares))
-        clean = self.terms(self.continued(), names)
-        rough = self.terms(self.continued(data=data), names)
+        clean = self.terms(self.student(), names)
+        rough = self.terms(self.student(data=data), names)
         return (
             *(dataclasses.replace(a, name=f"clean: {a.name}", against=()) for a in clean),
             *(dataclasses.replace(a, against=(*a.against, f"clean: {a.name}")) for a in rough),
@@ -288,7 +287,9 @@ class Scale:
         }
         names = WITHOUT_RELATION if not self.prefix else (*WITHOUT_RELATION, "all")
         return [
-            self._table(f"q3-{key}", f"{title}, warm start", rank, self.disturbed(names, **shares))
+            self._table(
+                f"q3-{key}", f"{title}, from random weights", rank, self.disturbed(names, **shares)
+            )
             for key, (title, rank, shares) in kinds.items()
         ]
 
