@@ -294,7 +294,7 @@ class Scale:
         ]
 
     def question_4(self) -> list[Table]:
-        base = self.continued()
+        base = self.student()
         teachers = {
             x: taught(base, self.method("all"), dataclasses.replace(TEACHER, student=size))
             for x, size in TEACHERS.items()
