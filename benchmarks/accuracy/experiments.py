@@ -255,13 +255,15 @@ class Scale:
         Weights of other forms and spaces are such that the gradient that reaches the backbone is
         about as large as that of question 1 (`python -m benchmarks.accuracy gradients`).
         """
+        # Of no use where there is no second epoch.
+        passes = {"prototypes of 1000 images, every epoch": {"prototype_images": 1000}}
         return {
             "as in question 1": {},
+            **(passes if self.prefix else {}),
             "weight 0.5": {"relation": 0.5},
             "weight 25": {"relation": 25.0},
             "prototypes of the last batch": {"refresh_every": 1},
             "prototypes renewed four times less often": {"refresh_every": 4 * self.refresh_every},
-            "prototypes of 1000 images, every epoch": {"prototype_images": 1000},
             "ground-truth boxes": {"boxes": "ground_truth"},
             "own class": {"own_class": True},
             "centred": {"center": True, "relation": 2.0},
