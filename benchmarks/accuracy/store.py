@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from digit_scenes import load_digit_scenes
 
 from .declaration import TRAINING_SCENES_SEED, Trial
 
+MANY_SEEDS = 20  # more than anybody trains
 # In the folder that `environment.commit` leaves out when it asks whether the code was changed.
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 
@@ -79,13 +81,20 @@ class Store:
         return [first for x in missing for first in self.startable(x)] if missing else [trial]
 
     def iterations(self, trial: Trial) -> int:
-        """How long to train; for equal time by the pace of the two that are compared."""
+        """How long to train; for equal time by the pace of the two that are compared.
+
+        The median over the seeds that have both: one of them may have had a busy machine.
+        """
         if trial.time_of is None:
             return trial.iterations
-        paces = []
-        for other in (trial.time_of, trial.plain()):
-            result = self.result(other)
-            if result is None or "failed" in result:
-                raise ValueError(f"time_of: expected a result of {other.identity}, but got none")
-            paces.append(result["seconds"] / result["iterations"])
-        return max(1, round(trial.iterations * paces[0] / paces[1]))
+        ratios = []
+        for seed in range(MANY_SEEDS):
+            both = [self.result(x.at(seed)) for x in (trial.time_of, trial.plain())]
+            paces = [x["seconds"] / x["iterations"] for x in both if x and "seconds" in x]
+            if len(paces) == 2:
+                ratios.append(paces[0] / paces[1])
+        if not ratios:
+            raise ValueError(
+                f"time_of: expected a result of {trial.time_of.identity}, but got none"
+            )
+        return max(1, round(trial.iterations * median(ratios)))
