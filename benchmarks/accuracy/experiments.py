@@ -93,7 +93,11 @@ class Scale:
         return tuple(arms)
 
     def defaults(self, base: Trial) -> tuple[Arm, ...]:
-        """The weights of the examples, of the paper, and steps from one to the other."""
+        """The weights of the examples, the library and the paper, and steps between them.
+
+        The library's are those that the examples were tuned to, on the level of a box's size, as in
+        the paper.
+        """
         paper = {
             "foreground": 1.0,
             "background": 4.0,
@@ -104,26 +108,21 @@ class Scale:
         }
         sets: dict[str, dict[str, Any]] = {
             "the examples'": {},
-            "without relation": {"relation": 0.0},
-            "without relation, assigned level": {"relation": 0.0, "levels": "assigned"},
-            "without relation and omega": {"relation": 0.0, "robust": False},
+            "the examples', no relation": {"relation": 0.0},
+            "the examples', no relation, no omega": {"relation": 0.0, "robust": False},
+            "the library's": {"levels": "assigned"},
+            "the library's, no relation": {"levels": "assigned", "relation": 0.0},
             "the paper's": paper,
             "the paper's, relation 5": paper | {"relation": 5.0},
             "the paper's, no relation": paper | {"relation": 0.0},
             "the paper's, no relation, standardized": paper
             | {"relation": 0.0, "standardize": True},
         }
-        return (
-            Arm("none", base, ()),
-            *(
-                Arm(
-                    name,
-                    taught(base, self.method("all", **how)),
-                    ("none",) if name == "the examples'" else ("none", "the examples'"),
-                )
-                for name, how in sets.items()
-            ),
-        )
+        arms = [Arm("none", base, ())]
+        for name, how in sets.items():
+            against = ("none", *({"the examples'", "the library's"} - {name}))
+            arms.append(Arm(name, taught(base, self.method("all", **how)), tuple(sorted(against))))
+        return tuple(arms)
 
     def equal_time(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
         """Each set of terms beside no distillation for as many iterations as take the same time."""
