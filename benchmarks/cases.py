@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import global_kd.functional as F
-from global_kd import RobustDistillLoss
+from global_kd import PAPER, RobustDistillLoss
 from global_kd.ops.dispatch import force
 from global_kd.ops.relation import own_class, relate
 
@@ -306,7 +306,7 @@ def logits(setting: Setting) -> tuple[Case, Tensor]:
 @end_to_end
 def step(setting: Setting) -> tuple[Case, Tensor]:
     scene = setting.scene()
-    loss = RobustDistillLoss(scene.strides)
+    loss = RobustDistillLoss(scene.strides, **PAPER)
     prototypes = released.concatenate(scene.bank)
     inputs = scene.inputs()
 

@@ -220,9 +220,9 @@ def robust_distill(
     student_logits: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     logit_box: Tensor | None = None,
-    factors: tuple[float, float, float, float] = (1.0, 4.0, 5.0, 1.0),
+    factors: tuple[float, float, float, float] = (1.0, 4.0, 25.0, 1.0),
 ) -> dict[str, Tensor]:
-    """The terms of `RobustDistillLoss` with its default options, for the same arguments.
+    """The terms of `RobustDistillLoss` with the paper's options, for the same arguments.
 
     `factors` are those of foreground, background, relation and logits.
     """

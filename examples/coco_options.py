@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from global_kd import PAPER
+
 # Epochs, and those after which the learning rate is divided by 10.
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "quick": (2, (1,))}
 RATES = {"fasterrcnn": 0.02, "retinanet": 0.01}  # for 16 images
-TERMS = {"foreground": 1.0, "background": 4.0, "relation": 25.0, "logits": 1.0}
+TERMS = {name: PAPER[name] for name in ("foreground", "background", "relation", "logits")}
 
 # A run may be continued with other values of these.
 FREE = ("resume", "data", "output", "log_dir", "workers", "evaluate_every")

@@ -12,6 +12,7 @@ from .hooks import FeatureTap as FeatureTap
 from .hooks import Pyramid as Pyramid
 from .hooks import find_pyramids as find_pyramids
 from .losses.global_knowledge import GlobalKnowledgeLoss as GlobalKnowledgeLoss
+from .losses.robust_distill import PAPER as PAPER
 from .losses.robust_distill import RobustDistillLoss as RobustDistillLoss
 from .prototypes.bank import PrototypeBank as PrototypeBank
 from .prototypes.generator import PrototypeGenerator as PrototypeGenerator
@@ -22,6 +23,7 @@ __all__ = [
     "Distiller",
     "FeatureTap",
     "GlobalKnowledgeLoss",
+    "PAPER",
     "Pixels",
     "PrototypeBank",
     "PrototypeGenerator",

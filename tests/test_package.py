@@ -221,6 +221,7 @@ PUBLIC = [
     "Distiller",
     "FeatureTap",
     "GlobalKnowledgeLoss",
+    "PAPER",
     "Pixels",
     "PrototypeBank",
     "PrototypeGenerator",
@@ -282,7 +283,7 @@ def test_functional_core():
     assert {name: plain(getattr(functional, name)) for name in SIGNATURES} == SIGNATURES
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", sorted({*PUBLIC} - {"PAPER"}))  # settings, not a class
 def test_public_names_are_documented(name):
     assert inspect.getdoc(getattr(global_kd, name))
 

@@ -408,8 +408,9 @@ def test_the_rdm_compiled_where_it_is():
     student, kd, optimizer = start()
     backend = Graphs()
     kd.loss.rdm.compile(backend=backend, fullgraph=True)
+    # A gap of 0.02 between cosines near 1 is known to 1e-7: the relation, 2.5 of its square, to 1e-8.
     for a, b in zip(train(student, kd, optimizer, range(5)), expected):
-        assert a == pytest.approx(b)
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-8)
     assert backend.count > 0
     assert any(name.startswith("omega") for name in kd.telemetry())
 

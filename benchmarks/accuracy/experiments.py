@@ -22,6 +22,7 @@ import dataclasses
 from typing import Any
 
 from disturbances import Disturbance
+from global_kd import PAPER
 from small_detectors import SIZES, Size
 
 from .declaration import Arm, Data, Method, Table, Trial
@@ -98,14 +99,7 @@ class Scale:
         The library's are those that the examples were tuned to, on the level of a box's size, as in
         the paper.
         """
-        paper = {
-            "foreground": 1.0,
-            "background": 4.0,
-            "relation": 25.0,
-            "logits": 1.0,
-            "standardize": False,
-            "levels": "assigned",
-        }
+        paper = dict(PAPER)
         sets: dict[str, dict[str, Any]] = {
             "the examples'": {},
             "the examples', no relation": {"relation": 0.0},

@@ -55,7 +55,8 @@ class GlobalKnowledgeLoss(nn.Module):
             ``DistributedDataParallel``. Every rank must then call the loss equally often.
         class_names: Of each class, the background included if it is counted; kept in the bank, so
             that it can be read and one for other classes is refused.
-        **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`.
+        **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`; the
+            paper's are ``**global_kd.PAPER``.
 
     Example:
         >>> import torch

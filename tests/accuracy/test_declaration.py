@@ -1,6 +1,7 @@
 """What a trial is, and which trials are never mixed."""
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -8,6 +9,7 @@ from benchmarks.accuracy.declaration import Arm, Data, Method, Table, Trial, dec
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.work import everything, in_order
+from global_kd import PAPER, RobustDistillLoss
 
 TABLES = [table for grid in GRIDS.values() for table in grid]
 
@@ -126,3 +128,22 @@ def test_the_paper_is_one_argument_away_in_every_grid():
     assert {t.name.removeprefix("full-") for t in GRIDS["full"]} == {
         t.name for t in GRIDS["reduced"]
     }
+
+
+def test_the_defaults_are_those_that_were_trained():
+    """Of the library, and of what it calls the paper's."""
+    arms = {
+        arm.name: arm.trial.method
+        for table in GRIDS["reduced"]
+        if table.name == "q1-defaults"
+        for arm in table.arms
+    }
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(RobustDistillLoss).parameters.items()
+    }
+    for name, settings in (("the library's", defaults), ("the paper's", PAPER)):
+        options = arms[name].options()
+        assert {key: options[key] for key in PAPER} == {key: settings[key] for key in PAPER}
+    switches = [key for key in defaults if key.startswith("robust_")]
+    assert all(defaults[key] == arms["the library's"].options()[key] for key in switches)

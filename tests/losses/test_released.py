@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import released
-from global_kd import PrototypeBank, RobustDistillLoss, Targets
+from global_kd import PAPER, PrototypeBank, RobustDistillLoss, Targets
 
 STRIDES = (4.0, 8.0, 16.0)
 CLASSES, SLOTS = 4, 3
@@ -96,7 +96,7 @@ def test_terms_and_gradients_are_those_of_the_released_formulation(boxes, dtype)
     sum(f * x for f, x in zip(upstream, expected.values())).backward()
 
     fast, fast_leaves = cast(inputs, dtype)
-    terms = RobustDistillLoss(STRIDES)(**fast)
+    terms = RobustDistillLoss(STRIDES, **PAPER)(**fast)
     sum(f.to(x.dtype) * x for f, x in zip(upstream, terms.values())).backward()
 
     assert list(terms) == list(expected)
@@ -115,7 +115,7 @@ def near(mine, theirs, dtype):
 def test_without_boxes_the_background_is_all_there_is():
     inputs, _ = cast(step([]), torch.float64)
     inputs["student_logits"] = inputs["teacher_logits"] = None
-    terms = RobustDistillLoss(STRIDES)(**inputs)
+    terms = RobustDistillLoss(STRIDES, **PAPER)(**inputs)
     prototypes = released.concatenate(inputs.pop("bank"))
     expected = released.robust_distill(STRIDES, prototypes=prototypes, **inputs)
     for name in terms:
@@ -125,7 +125,7 @@ def test_without_boxes_the_background_is_all_there_is():
 
 def test_an_empty_bank_means_full_trust_and_no_relation():
     inputs, _ = cast(step(BOXES["ordinary"], fill=0.0), torch.float64)
-    terms = RobustDistillLoss(STRIDES)(**inputs)
+    terms = RobustDistillLoss(STRIDES, **PAPER)(**inputs)
     prototypes = released.concatenate(inputs.pop("bank"))
     expected = released.robust_distill(STRIDES, prototypes=prototypes, **inputs)
     for name in terms:

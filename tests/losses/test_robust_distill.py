@@ -85,6 +85,7 @@ def test_terms_are_the_functional_core_per_level(batch, robust, assigned):
         robust_logits=robust,
         levels="assigned" if assigned else "all",
         finest_scale=24.0,
+        standardize=False,
     )
     terms = loss(**batch)
     targets, omega = batch["targets"], omegas(batch)
