@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+from global_kd import PAPER, Distiller, GlobalKnowledgeLoss, Targets
 
 from .measure import Bar, Effort, peak_memory, say, take_turns
 from .scene import boxes_like_coco
@@ -87,7 +87,8 @@ def run(
     works: dict[str, Callable[[], Any]] = {STUDENT: partial(train, None)}
     for adapter in ADAPTERS:
         # Rows are collected as by default, but no refresh falls into the measurement.
-        loss = GlobalKnowledgeLoss(91, adapter=adapter, total_steps=1000, refresh_every=10**9)
+        options: dict[str, Any] = {"adapter": adapter, "total_steps": 1000, **PAPER}
+        loss = GlobalKnowledgeLoss(91, refresh_every=10**9, **options)
         kd = Distiller(student, teacher, loss)
         fill(loss, device)
         calls: list[tuple[Any, Any]] = []
