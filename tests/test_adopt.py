@@ -336,7 +336,7 @@ def test_the_teachers_scale_and_the_module_read_are_part_of_whose_a_bank_is():
 
 def home_made(width, seed):
     student = seeded(HomeMade, seed, width)
-    loss = GlobalKnowledgeLoss(2, total_steps=10, refresh_every=2, min_side=0)
+    loss = GlobalKnowledgeLoss(2, total_steps=10, refresh_every=2, min_side=0, relation=5)
     return Distiller(student, seeded(HomeMade, 9, 9), loss, example_inputs=(IMAGES,))
 
 

@@ -43,7 +43,7 @@ BOXES = [
 
 def make(**options):
     student, teacher = Detector(4), Detector(9)
-    loss = GlobalKnowledgeLoss(2, total_steps=10, refresh_every=2)
+    loss = GlobalKnowledgeLoss(2, total_steps=10, refresh_every=2, relation=5)
     kd = Distiller(student, teacher, loss, example_inputs=(IMAGES,), **options)
     return student, teacher, kd
 

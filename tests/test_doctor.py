@@ -17,7 +17,13 @@ K = 4
 
 
 def gk(**options):
-    defaults = {"total_steps": 20, "refresh_every": 2, "min_side": 4, "finest_scale": 12}
+    defaults = {
+        "total_steps": 20,
+        "refresh_every": 2,
+        "min_side": 4,
+        "finest_scale": 12,
+        "relation": 5,
+    }
     return GlobalKnowledgeLoss(K, **(defaults | options))
 
 

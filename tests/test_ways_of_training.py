@@ -85,6 +85,7 @@ def gk(num_classes=CLASSES, **options):
             "min_side": 4,
             "num_prototypes": 2,
             "finest_scale": 8,
+            "relation": 5,
             **options,
         },
     )
@@ -408,7 +409,7 @@ def test_the_rdm_compiled_where_it_is():
     student, kd, optimizer = start()
     backend = Graphs()
     kd.loss.rdm.compile(backend=backend, fullgraph=True)
-    # A gap of 0.02 between cosines near 1 is known to 1e-7: the relation, 2.5 of its square, to 1e-8.
+    # A gap of 0.02 between cosines near 1 is known to 1e-7, so 2.5 times its square to 1e-8.
     for a, b in zip(train(student, kd, optimizer, range(5)), expected):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-8)
     assert backend.count > 0

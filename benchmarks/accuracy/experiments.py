@@ -96,16 +96,16 @@ class Scale:
     def defaults(self, base: Trial) -> tuple[Arm, ...]:
         """The weights of the examples, the library and the paper, and steps between them.
 
-        The library's are those that the examples were tuned to, on the level of a box's size, as in
-        the paper.
+        The library's are those that the examples were tuned to, without the relation term and on
+        the level of a box's size, as in the paper.
         """
         paper = dict(PAPER)
         sets: dict[str, dict[str, Any]] = {
             "the examples'": {},
             "the examples', no relation": {"relation": 0.0},
             "the examples', no relation, no omega": {"relation": 0.0, "robust": False},
-            "the library's": {"levels": "assigned"},
-            "the library's, no relation": {"levels": "assigned", "relation": 0.0},
+            "the library's": {"levels": "assigned", "relation": 0.0},
+            "the library's, relation 5": {"levels": "assigned"},
             "the paper's": paper,
             "the paper's, relation 5": paper | {"relation": 5.0},
             "the paper's, no relation": paper | {"relation": 0.0},

@@ -77,7 +77,7 @@ class GlobalKnowledgeLoss(nn.Module):
         ...     ]
         ... )
         >>> sorted(loss(student, teacher, targets))
-        ['kd_background', 'kd_foreground', 'kd_relation']
+        ['kd_background', 'kd_foreground']
     """
 
     rdm: RobustDistillLoss

@@ -53,7 +53,8 @@ class RobustDistillLoss(nn.Module):
         strides: Pixels of the network input per cell of each level, finest first.
         foreground: Weight of the imitation inside boxes.
         background: Weight of the imitation outside boxes.
-        relation: Weight of the relation term.
+        relation: Weight of the relation term; off by default, since no study here shows that it
+            helps (docs/evidence.md).
         logits: Weight of the soft labels.
         robust_imitation: Weight the foreground by omega.
         robust_relation: Weight the relations by omega.
@@ -81,7 +82,7 @@ class RobustDistillLoss(nn.Module):
         *,
         foreground: float = 2.0,
         background: float = 1.0,
-        relation: float = 5.0,
+        relation: float = 0.0,
         logits: float = 5.0,
         robust_imitation: bool = True,
         robust_relation: bool = True,

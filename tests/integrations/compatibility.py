@@ -57,7 +57,7 @@ class Bench:
             total_steps=1000,
             refresh_every=None,
             schedule=Schedule("constant"),
-            standardize=True,  # random weights: maps of any size
+            relation=5,
         )
         self.kd = Distiller(self.student, self.teacher, self.loss, **case.options)
         self.student.train()

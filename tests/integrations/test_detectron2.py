@@ -91,7 +91,13 @@ def batch(kind="faster", seed=0, sizes=SIZES):
 
 
 def gk(**options):
-    defaults = {"total_steps": 20, "refresh_every": 2, "min_side": 4, "finest_scale": 24}
+    defaults = {
+        "total_steps": 20,
+        "refresh_every": 2,
+        "min_side": 4,
+        "finest_scale": 24,
+        "relation": 5,
+    }
     return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
 
 

@@ -139,7 +139,9 @@ def data(horizontal=True):
 
 
 def gk(**options):
-    return GlobalKnowledgeLoss(3, total_steps=20, refresh_every=2, min_side=4, **options)
+    return GlobalKnowledgeLoss(
+        3, total_steps=20, refresh_every=2, min_side=4, relation=5, **options
+    )
 
 
 @pytest.mark.parametrize("neck", [True, False])

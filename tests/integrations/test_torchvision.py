@@ -21,7 +21,13 @@ BOTH = ("proposals", "ground_truth")
 
 
 def gk(**options):
-    defaults = {"total_steps": 20, "refresh_every": 2, "min_side": 4, "finest_scale": 12}
+    defaults = {
+        "total_steps": 20,
+        "refresh_every": 2,
+        "min_side": 4,
+        "finest_scale": 12,
+        "relation": 5,
+    }
     return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
 
 

@@ -38,7 +38,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def gk(**options):
-    defaults = {"total_steps": 20, "refresh_every": 2, "min_side": 4, "finest_scale": 12}
+    defaults = {
+        "total_steps": 20,
+        "refresh_every": 2,
+        "min_side": 4,
+        "finest_scale": 12,
+        "relation": 5,
+    }
     return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
 
 
@@ -326,7 +332,7 @@ def test_a_yolo_teaches_a_detector_of_another_framework():
     """It sees RGB in [0, 1], padded with its grey to a multiple of its largest stride."""
     torch.manual_seed(0)
     student, teacher = detector("retinanet"), model("yolov8n.yaml")
-    kd = Distiller(student, teacher, GlobalKnowledgeLoss(4, total_steps=9))
+    kd = Distiller(student, teacher, GlobalKnowledgeLoss(4, total_steps=9, relation=5))
     assert kd.loss.rdm.strides == (8, 16)
     images, targets = torchvision_scenes()
     got = []
@@ -467,7 +473,7 @@ def test_the_trainer_of_the_documentation(data_set):
     assert yolo.trainer.kd.loss.progress == 1
     loads_alone(last)
     header = (last.parents[1] / "results.csv").read_text().splitlines()[0]
-    assert "train/kd_relation" in header
+    assert "train/kd_foreground" in header
 
 
 def loads_alone(checkpoint):

@@ -23,6 +23,7 @@ def make(**options):
         "refresh_every": 3,
         "min_side": 5,
         "num_prototypes": 2,
+        "relation": 5,
     }
     return GlobalKnowledgeLoss(CLASSES, **(defaults | options))
 

@@ -22,6 +22,11 @@ STRIDES = (4.0, 8.0)
 CS, CT, CLASSES = 3, 5, 4
 
 
+def all_terms(**options):
+    """The relation term is off by default."""
+    return RobustDistillLoss(STRIDES, **({"relation": 5.0} | options))
+
+
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(0)
@@ -139,14 +144,14 @@ def test_terms_are_the_functional_core_per_level(batch, robust, assigned):
     ],
 )
 def test_each_use_of_omega_is_a_switch_of_its_own(batch, switch, changes):
-    on, off = RobustDistillLoss(STRIDES), RobustDistillLoss(STRIDES, **{switch: False})
+    on, off = all_terms(), all_terms(**{switch: False})
     a, b = on(**batch), off(**batch)
     assert {k for k in a if not torch.equal(a[k], b[k])} == changes
 
 
 @pytest.mark.parametrize("term", ["foreground", "background", "relation", "logits"])
 def test_a_weight_of_zero_leaves_the_term_out_and_the_others_alone(batch, term):
-    full, without = RobustDistillLoss(STRIDES)(**batch), RobustDistillLoss(STRIDES, **{term: 0})
+    full, without = all_terms()(**batch), all_terms(**{term: 0})
     rest = without(**batch)
     assert set(full) - set(rest) == {f"kd_{term}"}
     assert all(torch.equal(full[k], rest[k]) for k in rest)
@@ -156,7 +161,7 @@ def test_gradients_go_to_the_student_alone(batch):
     for x in batch["teacher"]:
         x.requires_grad_()
     batch["teacher_logits"].requires_grad_()
-    terms = RobustDistillLoss(STRIDES)(**batch)
+    terms = all_terms()(**batch)
     sum(terms.values()).backward()
     assert all(x.grad.abs().sum() > 0 for x in batch["adapted"])  # imitation
     assert all(x.grad.abs().sum() > 0 for x in batch["student"])  # relation
@@ -206,10 +211,8 @@ def test_centred_cosines_do_not_see_a_common_offset(batch):
 
 def test_an_empty_bank_means_full_trust_and_no_relation(batch):
     empty = dict(batch, bank=PrototypeBank(2, CLASSES, 3, CS, CT).double())
-    terms = RobustDistillLoss(STRIDES)(**empty)
-    plain = RobustDistillLoss(
-        STRIDES, robust_imitation=False, robust_relation=False, robust_logits=False
-    )(**empty)
+    terms = all_terms()(**empty)
+    plain = all_terms(robust_imitation=False, robust_relation=False, robust_logits=False)(**empty)
     assert terms["kd_relation"] == 0
     terms["kd_relation"].backward()
     for name in terms:
@@ -224,7 +227,7 @@ def test_a_batch_without_boxes_is_a_zero_that_back_propagates(batch):
         "teacher_logits": batch["teacher_logits"][:0],
         "logit_box": none,
     }
-    terms = RobustDistillLoss(STRIDES)(**batch)
+    terms = all_terms()(**batch)
     assert {k: v.item() for k, v in terms.items() if k != "kd_background"} == {
         "kd_foreground": 0,
         "kd_relation": 0,
@@ -238,7 +241,7 @@ def test_the_same_detector_on_both_sides_loses_nothing(batch):
     twin = [x.detach().clone().requires_grad_() for x in batch["teacher"]]
     bank = copy.deepcopy(batch["bank"])
     bank.student = bank.teacher.clone()
-    loss = RobustDistillLoss(STRIDES)
+    loss = all_terms()
     logits = batch["teacher_logits"].clone().requires_grad_()
     terms = loss(
         twin,
@@ -256,7 +259,7 @@ def test_the_same_detector_on_both_sides_loses_nothing(batch):
 
 def test_whole_graph_compiles_for_any_number_of_boxes(batch):
     torch._dynamo.reset()
-    loss = RobustDistillLoss(STRIDES)
+    loss = all_terms()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     targets = batch["targets"]
@@ -291,7 +294,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_bad_levels_are_named(batch):
-    loss = RobustDistillLoss(STRIDES)
+    loss = all_terms()
     with pytest.raises(ValueError, match=r"student: expected 2 levels .* but got 1"):
         loss(**dict(batch, student=batch["student"][:1]))
     with pytest.raises(ValueError, match="equal batch, height and width"):
