@@ -108,11 +108,11 @@ kernels='
 import torch
 from benchmarks.cases import with_gradient
 from benchmarks.scene import QUICK, make_scene
-from global_kd import RobustDistillLoss
+from global_kd import PAPER, RobustDistillLoss
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 scene = make_scene(QUICK, device)
-loss = RobustDistillLoss(scene.strides)
+loss = RobustDistillLoss(scene.strides, **PAPER)
 values = with_gradient(lambda: list(loss(bank=scene.bank, **scene.inputs()).values()), scene.leaves())()
 assert all(x.isfinite().all() for x in values)
 print("a step of every kernel:", [round(float(x), 4) for x in values[:4]])

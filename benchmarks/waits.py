@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from global_kd import RobustDistillLoss
+from global_kd import PAPER, RobustDistillLoss
 from global_kd.ops.dispatch import backend, force
 
 from .cases import TOLERANCES, with_gradient
@@ -61,7 +61,7 @@ def run(
 ) -> dict[str, Any]:
     size = replace(QUICK if quick else Size(), dtype=dtype)
     scene = make_scene(size, device)
-    loss = RobustDistillLoss(scene.strides)
+    loss = RobustDistillLoss(scene.strides, **PAPER)
     inputs: dict[str, Any] = scene.inputs()
     work = with_gradient(lambda: list(loss(bank=scene.bank, **inputs).values()), scene.leaves())
     expected = [x.clone() for x in work()]

@@ -148,10 +148,13 @@ class OtherLoss(GlobalKnowledgeLoss):
 
 def grid_rows(maps: Sequence[Tensor], targets: Targets, strides: Sequence[float]) -> Tensor:
     """``(L, R, 9 C)``: the means over 3x3 equal parts of each box, one after the other."""
-    edges = torch.linspace(0, 1, GRID + 1, device=targets.boxes.device)
     low, size = targets.boxes[:, :2], targets.boxes[:, 2:] - targets.boxes[:, :2]
+    # Dividing last leaves edges that are whole pixels whole: no part reaches into another's cells.
+    corners = [low + size * k / GRID for k in range(GRID + 1)]
     parts = [
-        torch.cat([low + size * edges[[i, j]], low + size * edges[[i + 1, j + 1]]], dim=1)
+        torch.stack(
+            [corners[i][:, 0], corners[j][:, 1], corners[i + 1][:, 0], corners[j + 1][:, 1]], dim=1
+        )
         for j in range(GRID)
         for i in range(GRID)
     ]
