@@ -228,7 +228,28 @@ class Scale:
                 ("warm", "warm start", 8, self.continued(split="tuning")),
             )
             for key, arms in self._relations(base).items()
+        ] + [
+            self._table(
+                "q2-confirmed",
+                "What won on the tuning split, from random weights",
+                3,
+                self._confirmed(self.student()),
+            )
         ]
+
+    def _confirmed(self, base: Trial) -> tuple[Arm, ...]:
+        """The two best of `relations`, alone and beside the library's other terms."""
+        switches = self.relations()
+        library = self.method("all", levels="assigned", relation=0.0)
+        arms = [Arm("none", base, ()), Arm("the library's", taught(base, library))]
+        for name in ("embedding, softened", "prototypes of the last batch"):
+            how = switches[name]
+            arms.append(Arm(name, taught(base, self.method("relation", **how))))
+            whole = self.method("all", levels="assigned", **how)
+            arms.append(
+                Arm(f"the library's + {name}", taught(base, whole), ("none", "the library's"))
+            )
+        return tuple(arms)
 
     def _relations(self, base: Trial) -> dict[str, tuple[Arm, ...]]:
         """The switches of the relation term, one at a time, "alone" and "beside" soft labels."""
