@@ -299,7 +299,8 @@ def _terms_problems(terms: dict[str, Term], values: dict[str, Tensor]) -> Iterab
         elif term.share is not None and abs(term.share) > _TYRANT:
             yield (
                 f"{name} is {term.share:.0f} times the detection loss and will drown it; lower its "
-                "weight, or pass standardize=True to the loss"
+                "weight, and see that the teacher is trained: imitation is in units of the "
+                "variance of its maps, unless standardize=False"
             )
 
 

@@ -145,6 +145,7 @@ def gk(**options):
         "min_side": 4,
         "finest_scale": 12,
         "relation": 5,
+        "standardize": False,  # random weights: maps next to zero
     }
     return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
 
