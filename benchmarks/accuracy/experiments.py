@@ -338,9 +338,7 @@ class Scale:
         }
         return [
             *(
-                self._table(
-                    f"q4-{key}", f"{title}, warm start", rank, self.curve(points, base), axis
-                )
+                self._table(f"q4-{key}", title, rank, self.curve(points, base), axis)
                 for key, (title, rank, axis, points) in curves.items()
             ),
             self._table("q4-levels", "Levels on which a box is foreground", 6, levels),

@@ -45,13 +45,16 @@ def rows(table: Table, found: Mapping[str, Runs]) -> Iterator[list[str]]:
     """An arm that is compared with several has a row for each."""
     for arm in table.arms:
         runs = found[arm.name]
+        if not runs:
+            continue
         level = percent(runs, "AP")
         diverged = sum("failed" in run for run in runs.values())
         seeds = f"{len(level)}" + (f" ({diverged} diverged)" if diverged else "")
         ap = f"{mean(level.values()):.1f}" if level else ""
         paces = [r["seconds"] / r["iterations"] for r in runs.values() if "seconds" in r]
         pace = f"{mean(paces):.3f}" if paces else ""
-        for n, other in enumerate(arm.against or ("",)):
+        known = [other for other in arm.against if found[other]]
+        for n, other in enumerate(known or ("",)):
             head = [arm.name, seeds, ap] if n == 0 else ["", "", ""]
             gaps = [difference(found, arm, other, metric) for metric in METRICS]
             yield [*head, other, *map(cell, gaps), pace if n == 0 else ""]
@@ -164,9 +167,10 @@ def separations(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
 
 
 def section(table: Table, store: Store, seeds: int, device: str, images: Path) -> Iterator[str]:
-    """One table with its plots; nothing without results."""
+    """One table with its plots; nothing until more than half of the arms have a result."""
     found = collect(table, store, seeds)
-    if not any(found.values()):
+    # Shared arms alone, such as the one without distillation, make no table.
+    if 2 * sum(map(bool, found.values())) <= len(found):
         return
     yield f"### {table.title}, {DEVICES[device]}"
     yield ""
