@@ -146,8 +146,12 @@ def _load(
 
 def load_digits(cache: Path, settings: SceneSettings) -> DetectionData:
     """Digit scenes, made on the first call."""
-    train = load_digit_scenes("train", settings, cache)
-    validation = load_digit_scenes("validation", settings, cache)
+    splits = (load_digit_scenes(split, settings, cache) for split in ("train", "validation"))
+    return pair_scenes(*splits)
+
+
+def pair_scenes(train: DigitScenes, validation: DigitScenes) -> DetectionData:
+    """A data set of digit scenes to train on and others to be scored on."""
     truth = _index_truth(validation, CLASS_NAMES)
     return DetectionData("digits", train, validation, truth, CLASS_NAMES, DIGIT_AREAS, flip=False)
 

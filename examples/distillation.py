@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,28 +50,29 @@ class Knowledge:
         self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
     ) -> Distiller:
         """A `Distiller` with these settings for a training of `steps` iterations."""
-        loss = GlobalKnowledgeLoss(
-            num_classes,
-            foreground=self.foreground,
-            background=self.background,
-            relation=self.relation,
-            logits=self.logits,
-            robust_imitation=self.robust,
-            robust_relation=self.robust,
-            robust_logits=self.robust,
-            own_class=self.own_class,
-            center=self.center,
-            levels=self.levels,
-            finest_scale=self.finest_scale,
-            min_side=self.min_side,
-            num_prototypes=self.num_prototypes,
-            temperature=self.temperature,
-            refresh_every=None if self.prototype_images else self.refresh_every,
-            total_steps=steps,
-            standardize=True,
-            seed=seed,
-        )
+        loss = GlobalKnowledgeLoss(num_classes, total_steps=steps, seed=seed, **self.options())
         return Distiller(student, teacher, loss, boxes=self.boxes)
+
+    def options(self) -> dict[str, Any]:
+        """These settings as arguments of `GlobalKnowledgeLoss`."""
+        return {
+            "foreground": self.foreground,
+            "background": self.background,
+            "relation": self.relation,
+            "logits": self.logits,
+            "robust_imitation": self.robust,
+            "robust_relation": self.robust,
+            "robust_logits": self.robust,
+            "own_class": self.own_class,
+            "center": self.center,
+            "levels": self.levels,
+            "finest_scale": self.finest_scale,
+            "min_side": self.min_side,
+            "num_prototypes": self.num_prototypes,
+            "temperature": self.temperature,
+            "refresh_every": None if self.prototype_images else self.refresh_every,
+            "standardize": True,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

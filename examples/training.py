@@ -53,8 +53,9 @@ class Recipe:
 
 @dataclasses.dataclass
 class Run:
-    """What a training has done so far: `losses` and `scores` are rows with their "iteration".
+    """What a training has done so far: rows with their "iteration", and the time.
 
+    Where there are `scores`, there is `telemetry` of the distillation, if there is one.
     `seconds` is time spent training, evaluation not counted.
     """
 
@@ -62,6 +63,7 @@ class Run:
     seconds: float = 0.0
     losses: list[Scores] = dataclasses.field(default_factory=list)
     scores: list[Scores] = dataclasses.field(default_factory=list)
+    telemetry: list[Scores] = dataclasses.field(default_factory=list)
 
 
 class Interrupted(Exception):
@@ -154,6 +156,9 @@ class Trainer:
                     if evaluate is not None and run.iteration in marks:
                         scores = evaluate(self.model)
                         run.scores.append({"iteration": run.iteration, **scores})
+                        if self.kd is not None:
+                            numbers = self.kd.telemetry()
+                            run.telemetry.append({"iteration": run.iteration, **numbers})
                         if log is not None:
                             for name, value in scores.items():
                                 log(name, value, run.iteration)

@@ -1,0 +1,139 @@
+"""The command line: `python -m benchmarks.accuracy list|run|report`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from types import FrameType
+
+import storage
+
+from . import report
+from .declaration import Table, Trial
+from .experiments import GRIDS
+from .perform import perform
+from .store import RESULTS, Store
+from .work import in_order, summary, work
+
+SEEDS = {"cpu": 3, "cuda": 5}
+GRID = {"cpu": "reduced", "cuda": "full"}
+QUICK = Path("runs/accuracy_quick")
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description="Train what experiments.py declares; turn the results into docs/evidence.md.",
+    )
+    commands = described.add_subparsers(dest="name", required=True)
+    for name, what in (
+        ("list", "how many trainings there are, how many are done, what the others cost"),
+        ("run", "train what has no result, the most telling first; goes on where it stopped"),
+        ("report", "tables and plots of docs/evidence.md"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("--only", metavar="PATTERN", help="beginning of names, such as 'q1'")
+        command.add_argument("--grid", choices=GRIDS, help="default: reduced on a CPU, else full")
+        if name != "report":
+            command.add_argument("--device", choices=SEEDS, default="cpu")
+        command.add_argument("--seeds", type=int, help="default: 3 on a CPU, 5 on a GPU")
+        command.add_argument("--results", type=Path, help="folder of JSON files")
+        command.add_argument(
+            "--quick", action="store_true", help=f"tiny trainings to see that it works, in {QUICK}"
+        )
+        if name == "run":
+            command.add_argument(
+                "--minutes", type=float, help="then save and stop; the same command goes on"
+            )
+            command.add_argument(
+                "--processes", type=int, default=1, help="trainings at a time, one thread each"
+            )
+            command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
+        if name == "report":
+            command.add_argument("--page", type=Path, default=report.PAGE)
+    return described
+
+
+def quick(trial: Trial) -> Trial:
+    """The same with next to no scenes and iterations."""
+    parts = {
+        name: None if part is None else quick(part)
+        for name in ("teacher", "start", "time_of")
+        for part in [getattr(trial, name)]
+    }
+    return dataclasses.replace(
+        trial,
+        data=dataclasses.replace(trial.data, scenes=80, validation=10),
+        iterations=max(2, trial.iterations // 500),
+        batch_size=4,
+        **parts,
+    )
+
+
+def shrunk(table: Table) -> Table:
+    """A table of quick trials."""
+    arms = (dataclasses.replace(arm, trial=quick(arm.trial)) for arm in table.arms)
+    return dataclasses.replace(table, arms=tuple(arms))
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is Ctrl-C, so that trainings are stopped and saved."""
+    raise KeyboardInterrupt
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(words)
+    for name in ("seeds", "minutes", "processes"):
+        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
+            raise SystemExit(f"--{name}: expected more than 0, but got {getattr(args, name)}")
+    results = args.results or (QUICK / "results" if args.quick else RESULTS)
+    if args.name == "report":
+        if args.quick and args.page == report.PAGE:
+            raise SystemExit("--quick: tiny trainings are not for quoting; name another --page")
+        sources = {
+            device: (Store(results / device, Path()), args.seeds or seeds)
+            for device, seeds in SEEDS.items()
+        }
+        both = [table for grid in GRIDS if args.grid in (None, grid) for table in GRIDS[grid]]
+        tables = [shrunk(table) for table in both] if args.quick else both
+        return report.main(sources, matching(tables, args.only), args.page)
+    tables = GRIDS[args.grid or GRID[args.device]]
+    tables = [shrunk(table) for table in tables] if args.quick else tables
+    store = Store(results / args.device, getattr(args, "cache", Path()))
+    seeds = args.seeds or SEEDS[args.device]
+    if args.name == "list":
+        print(summary(tables, seeds, store, args.only))
+        return 0
+    wanted = in_order(tables, seeds, args.only)
+    if not wanted:
+        raise SystemExit(f"--only: no training's name begins with {args.only!r}; try `list`")
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        failed = work(
+            wanted,
+            store,
+            perform,
+            processes=args.processes,
+            minutes=args.minutes,
+            device=args.device,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        return 130
+    done = sum(store.result(trial) is not None for _, trial in wanted)
+    print(f"{done} of {len(wanted)} trainings have a result; {failed} failed")
+    return 1 if failed else 0
+
+
+def matching(tables: Sequence[Table], only: str | None) -> list[Table]:
+    """The tables whose name begins with a pattern."""
+    return [t for t in tables if only is None or fnmatch(t.name, only + "*")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

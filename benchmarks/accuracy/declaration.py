@@ -1,0 +1,192 @@
+"""What one training is: plain values from which everything in it follows, and their identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from digit_scenes import SceneSettings
+from distillation import Knowledge
+from disturbances import Disturbance
+from small_detectors import SIZES, Size
+
+# Where a split's trainings and its validation scenes get their seeds from. Tuning looks at the
+# scenes on which the examples' defaults were chosen; what is reported was seen by no choice.
+SEEDS = {"teaching": 0, "tuning": 1000, "reporting": 2000}
+VALIDATION_SEEDS = {"teaching": 2000, "tuning": 0, "reporting": 2000}
+SEEDS_PER_SPLIT = 1000
+TRAINING_SCENES_SEED = 0  # one training set for all: that of the teachers
+
+
+def later(neutral: Any) -> Any:
+    """A field that older declarations did not have: at its neutral value it changes no identity."""
+    return dataclasses.field(default=neutral, metadata={"neutral": neutral})
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The scenes: how many, how large, and what is wrong with those that are trained on.
+
+    `share` of the training scenes are used, the first ones. `side` and `height` (of a digit, the
+    range it is drawn from) are pixels. Validation scenes are never disturbed.
+    """
+
+    scenes: int = 8000
+    share: float = 1.0
+    validation: int = 600
+    side: int = 96
+    height: tuple[float, float] = (12.0, 56.0)
+    disturbance: Disturbance = Disturbance()
+
+    def settings(self, seed: int) -> SceneSettings:
+        """Of the scenes before anything is done to them."""
+        return SceneSettings(
+            self.scenes, self.validation, side=self.side, height=self.height, seed=seed
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Knowledge):
+    """What is transferred: the example's settings, and `alpha` of the pursuit."""
+
+    alpha: float = 10.0
+
+    def options(self) -> dict[str, Any]:
+        """These settings as arguments of `GlobalKnowledgeLoss`."""
+        return {**super().options(), "alpha": self.alpha}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training. Trials that agree in all but `method` and `teacher` are a pair of one seed.
+
+    Args:
+        method: `None` is training without distillation.
+        teacher: A trial of the split "teaching"; with a method only.
+        start: Go on from the weights that this trial ended with (a warm start), which all arms of
+            a comparison share. Has the same split and seed.
+        time_of: Train as many iterations as take the time of this trial, whose number of them is
+            given: equal time instead of equal iterations.
+        split: "tuning" or "reporting", which share neither validation scenes nor seeds; "teaching"
+            for teachers.
+        seed: Counted within the split, from 0; decides initial weights and order of the batches.
+    """
+
+    data: Data = Data()
+    student: Size = SIZES["small-student"]
+    method: Method | None = None
+    teacher: Trial | None = None
+    iterations: int = 1000
+    lr: float = 3e-3
+    batch_size: int = 16
+    start: Trial | None = None
+    time_of: Trial | None = None
+    split: str = "reporting"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SEEDS:
+            raise ValueError(f"split: expected one of {tuple(SEEDS)}, but got {self.split!r}")
+        if not 0 <= self.seed < SEEDS_PER_SPLIT:
+            raise ValueError(
+                f"seed: expected 0 <= seed < {SEEDS_PER_SPLIT}, so that splits share none, but "
+                f"got {self.seed}"
+            )
+        if (self.method is None) != (self.teacher is None):
+            raise ValueError("method, teacher: expected both or neither")
+        if self.teacher is not None and self.teacher.split != "teaching":
+            raise ValueError(
+                f"teacher: expected a trial of the split 'teaching', but got {self.teacher.split!r}"
+            )
+        for name in ("start", "time_of"):
+            other = getattr(self, name)
+            if other is not None and (other.split, other.seed) != (self.split, self.seed):
+                raise ValueError(
+                    f"{name}: expected a trial of split {self.split!r} and seed {self.seed}, but "
+                    f"got {other.split!r} and {other.seed}"
+                )
+        if self.time_of is not None and self.time_of.iterations != self.iterations:
+            raise ValueError(
+                f"time_of: expected a trial of {self.iterations} iterations, but got "
+                f"{self.time_of.iterations}"
+            )
+
+    @property
+    def training_seed(self) -> int:
+        """Of initial weights and batches; no other split's trainings have it."""
+        return SEEDS[self.split] + self.seed
+
+    @property
+    def validation_seed(self) -> int:
+        """Of the scenes it is scored on."""
+        return VALIDATION_SEEDS[self.split]
+
+    @property
+    def identity(self) -> str:
+        """Twelve hex digits of a hash of the declaration."""
+        text = json.dumps(declared(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def at(self, seed: int) -> Trial:
+        """The same with another seed, its start and whose time it takes included."""
+        start, time_of = (None if x is None else x.at(seed) for x in (self.start, self.time_of))
+        return dataclasses.replace(self, seed=seed, start=start, time_of=time_of)
+
+    def plain(self) -> Trial:
+        """Its partner without distillation, for equally many iterations."""
+        return dataclasses.replace(self, method=None, teacher=None, time_of=None)
+
+
+def declared(value: Any) -> Any:
+    """A declaration as JSON; a trial within another stands there by its identity."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return list(value) if isinstance(value, tuple) else value
+    content = {}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        if "neutral" in field.metadata and part == field.metadata["neutral"]:
+            continue
+        content[field.name] = part.identity if isinstance(part, Trial) else declared(part)
+    return content
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A row of a table: a trial at seed 0, and the arms it is compared with.
+
+    In a table of curves arms with the same `line` are joined, each at its `x`.
+    """
+
+    name: str
+    trial: Trial
+    against: tuple[str, ...] = ("none",)
+    line: str = ""
+    x: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Arms that are compared seed by seed.
+
+    `rank` orders the work: all tables of rank 1 come first, seed by seed. `axis` names the x axis
+    where the arms lie on curves.
+    """
+
+    name: str
+    title: str
+    rank: int
+    arms: tuple[Arm, ...]
+    axis: str = ""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"{self.name}: expected arms of different names, but got {names}")
+        if len({arm.trial.split for arm in self.arms}) > 1:
+            raise ValueError(f"{self.name}: expected arms of one split")
+        for arm in self.arms:
+            for other in arm.against:
+                if other not in names:
+                    raise ValueError(f"{self.name}: {arm.name} is compared with unknown {other!r}")

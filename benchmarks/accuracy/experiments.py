@@ -1,0 +1,308 @@
+"""The experiments: a table for every question, an arm for every row.
+
+Five questions, in the order in which they are worth the time:
+
+1. Each term alone and all pairs, with and without omega.
+2. What makes the relation term work, if anything does.
+3. Does omega do its work where labels, boxes or pixels are wrong.
+4. Teacher size, number of prototypes, alpha, levels: curves, not points.
+5. Can a student surpass its teacher.
+
+`REDUCED` is what two cores train in an afternoon; there most questions are asked of a warm start,
+which needs fewer iterations. `FULL`, whose tables are called `full-...`, is for a GPU.
+
+Question 2 chooses among many arms, so it is asked on the tuning split; what wins there is declared
+here once more, on the reporting split, before it is believed. Not asked, because nothing can switch
+it yet: weights relative to the gradient of the detection losses instead of constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from disturbances import Disturbance
+from small_detectors import SIZES, Size
+
+from .declaration import Arm, Data, Method, Table, Trial
+
+TEACHER = Trial(student=SIZES["small-teacher"], iterations=2000, split="teaching")  # shipped
+STUDENT = Trial()
+
+FULL_METHOD = Method()
+NOTHING = dataclasses.replace(FULL_METHOD, foreground=0, background=0, relation=0, logits=0)
+IMITATION = {"foreground": FULL_METHOD.foreground, "background": FULL_METHOD.background}
+RELATION = {"relation": FULL_METHOD.relation}
+LOGITS = {"logits": FULL_METHOD.logits}
+TERMS: dict[str, dict[str, float]] = {
+    "imitation": IMITATION,
+    "soft labels": LOGITS,
+    "relation": RELATION,
+    "imitation + soft labels": IMITATION | LOGITS,
+    "imitation + relation": IMITATION | RELATION,
+    "soft labels + relation": LOGITS | RELATION,
+    "all": IMITATION | LOGITS | RELATION,
+}
+FEW = ("imitation", "soft labels", "relation", "imitation + soft labels", "all")
+WITHOUT_RELATION = ("imitation", "soft labels", "imitation + soft labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How long trainings are, and how often they renew their prototypes, in iterations."""
+
+    prefix: str = ""
+    cold: int = 600
+    start: int = 1000
+    warm: int = 300
+    refresh_every: int = 25
+    lengths: tuple[int, ...] = (300, 600, 1200, 2400)
+
+    def student(self, **how: Any) -> Trial:
+        """Trained from random weights."""
+        return dataclasses.replace(STUDENT, iterations=self.cold, **how)
+
+    def continued(self, start: Trial | None = None, **how: Any) -> Trial:
+        """Going on from a student that was trained without distillation, on clean scenes."""
+        start = start or dataclasses.replace(STUDENT, split=how.get("split", "reporting"))
+        start = dataclasses.replace(start, iterations=self.start)
+        return dataclasses.replace(
+            STUDENT, iterations=self.warm, lr=1.5e-3, start=start, student=start.student, **how
+        )
+
+    def method(self, terms: str, **settings: Any) -> Method:
+        """The method with the weights of `TERMS` and no others."""
+        return dataclasses.replace(
+            NOTHING, **({"refresh_every": self.refresh_every} | TERMS[terms] | settings)
+        )
+
+    # --- arms ----------------------------------------------------------------------------------
+
+    def terms(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
+        """No distillation, each set of terms, and each without omega beside it."""
+        arms = [Arm("none", base, ())]
+        for name in names:
+            arms.append(Arm(name, taught(base, self.method(name))))
+            without = taught(base, self.method(name, robust=False))
+            arms.append(Arm(f"{name}, no omega", without, ("none", name)))
+        return tuple(arms)
+
+    def equal_time(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
+        """Each set of terms beside no distillation for as many iterations as take the same time."""
+        arms = [Arm("none", base, ())]
+        for name in names:
+            arm = taught(base, self.method(name))
+            longer = f"none, time of {name}"
+            arms.append(Arm(longer, dataclasses.replace(base, time_of=arm), ()))
+            arms.append(Arm(name, arm, ("none", longer)))
+        return tuple(arms)
+
+    def growing(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
+        """Longer and longer trainings: where doubling adds nothing, students are trained out."""
+        arms = []
+        for number in self.lengths:
+            longer = dataclasses.replace(base, iterations=number)
+            plain = f"none, {number}"
+            arms.append(Arm(plain, longer, (), "none", number))
+            for name in names:
+                trial = taught(longer, self.method(name))
+                arms.append(Arm(f"{name}, {number}", trial, (plain,), name, number))
+        return tuple(arms)
+
+    def disturbed(self, names: tuple[str, ...], **shares: float) -> tuple[Arm, ...]:
+        """Terms with and without omega on disturbed scenes, and the same on clean ones.
+
+        Teacher and warm start saw clean scenes; what an arm loses is its difference to itself on
+        clean ones.
+        """
+        data = Data(disturbance=Disturbance(**shares))
+        clean = self.terms(self.continued(), names)
+        rough = self.terms(self.continued(data=data), names)
+        return (
+            *(dataclasses.replace(a, name=f"clean: {a.name}", against=()) for a in clean),
+            *(dataclasses.replace(a, against=(*a.against, f"clean: {a.name}")) for a in rough),
+        )
+
+    def curve(self, points: dict[float, Trial], base: Trial) -> tuple[Arm, ...]:
+        """All terms along one setting, against the same student without distillation."""
+        arms = (Arm(f"{x:g}", trial, ("none",), "all", x) for x, trial in points.items())
+        return Arm("none", base, ()), *arms
+
+    def settings(self, base: Trial, key: str, values: tuple[Any, ...]) -> dict[float, Trial]:
+        """All terms with each of these values of one setting."""
+        return {value: taught(base, self.method("all", **{key: value})) for value in values}
+
+    def against_teacher(self, base: Trial, own: Trial) -> tuple[Arm, ...]:
+        """Students whose teacher has their size, or the usual one."""
+        teachers = {"a teacher of its size": own, "the usual teacher": TEACHER}
+        return (
+            Arm("none", base, ()),
+            *(
+                Arm(f"{name} from {whose}", taught(base, self.method(name), teacher))
+                for whose, teacher in teachers.items()
+                for name in ("imitation + soft labels", "all")
+                if whose == "a teacher of its size" or own.student != TEACHER.student
+            ),
+        )
+
+    # --- the questions -------------------------------------------------------------------------
+
+    def question_1(self) -> list[Table]:
+        few_scenes = {
+            25: self.student(data=Data(share=0.25)),
+            5: self.student(data=Data(share=0.05)),
+        }
+        warm, cold = self.continued(), self.student()
+        return [
+            self._table("q1-warm", "Terms, warm start", 1, self.terms(warm, tuple(TERMS))),
+            self._table("q1-cold", "Terms, from random weights", 4, self.terms(cold, tuple(TERMS))),
+            self._table(
+                "q1-length",
+                "Students trained longer and longer",
+                5,
+                self.growing(cold, ("imitation + soft labels", "relation", "all")),
+                "iterations",
+            ),
+            self._table("q1-time", "Equal time, warm start", 5, self.equal_time(warm, FEW)),
+            self._table("q1-cold-time", "Equal time, cold start", 7, self.equal_time(cold, FEW)),
+            *(
+                self._table(f"q1-{share}", f"{share} % of the scenes", 6, self.terms(base, FEW))
+                for share, base in few_scenes.items()
+            ),
+        ]
+
+    def question_2(self) -> list[Table]:
+        return [
+            self._table(
+                f"q2-{start}", f"The relation term, {start} start (tuning split)", rank, arms
+            )
+            for start, rank, base in (
+                ("warm", 2, self.continued(split="tuning")),
+                ("cold", 8, self.student(split="tuning")),
+            )
+            for arms in [self._relations(base)]
+        ]
+
+    def _relations(self, base: Trial) -> tuple[Arm, ...]:
+        """The switches of the relation term, one at a time, alone; and beside the soft labels."""
+        switches: dict[str, dict[str, Any]] = {
+            "as in question 1": {},
+            "prototypes renewed four times less often": {"refresh_every": 4 * self.refresh_every},
+            "prototypes of the last batch": {"refresh_every": 1},
+            "prototypes of 1000 images, every epoch": {"prototype_images": 1000},
+            "centred": {"center": True},
+            "own class": {"own_class": True},
+            "ground-truth boxes": {"boxes": "ground_truth"},
+            "weight 0.5": {"relation": 0.5},
+            "weight 25": {"relation": 25.0},
+        }
+        arms = [Arm("none", base, ())]
+        first = "as in question 1"
+        for name, how in switches.items():
+            trial = taught(base, self.method("relation", **how))
+            arms.append(Arm(name, trial, ("none",) if name == first else ("none", first)))
+        arms.append(Arm("soft labels", taught(base, self.method("soft labels"))))
+        for name, how in switches.items():
+            trial = taught(base, self.method("soft labels + relation", **how))
+            arms.append(Arm(f"soft labels + {name}", trial, ("soft labels",)))
+        return tuple(arms)
+
+    def question_3(self) -> list[Table]:
+        kinds: dict[str, tuple[str, int, dict[str, float]]] = {
+            "labels-30": ("30 % wrong labels", 3, {"labels": 0.3}),
+            "boxes": ("30 % loose boxes", 3, {"boxes": 0.3}),
+            "blur": ("30 % blurred digits", 6, {"blur": 0.3}),
+            "occlusion": ("30 % half covered digits", 6, {"occlusion": 0.3}),
+            "labels-15": ("15 % wrong labels", 7, {"labels": 0.15}),
+            "labels-5": ("5 % wrong labels", 7, {"labels": 0.05}),
+        }
+        names = WITHOUT_RELATION if not self.prefix else (*WITHOUT_RELATION, "all")
+        return [
+            self._table(f"q3-{key}", f"{title}, warm start", rank, self.disturbed(names, **shares))
+            for key, (title, rank, shares) in kinds.items()
+        ]
+
+    def question_4(self) -> list[Table]:
+        base = self.continued()
+        teachers = {
+            x: taught(base, self.method("all"), dataclasses.replace(TEACHER, student=size))
+            for x, size in TEACHERS.items()
+        }
+        assigned = taught(base, self.method("all", levels="assigned"))
+        levels = (
+            Arm("none", base, ()),
+            Arm("all levels", taught(base, self.method("all"))),
+            Arm("assigned level", assigned, ("none", "all levels")),
+        )
+        curves = {
+            "teacher": ("Size of the teacher", 7, "million parameters of the teacher", teachers),
+            "prototypes": (
+                "Number of prototypes",
+                6,
+                "prototypes of a level and class",
+                self.settings(base, "num_prototypes", (1, 3, 10, 30)),
+            ),
+            "alpha": (
+                "alpha of the pursuit",
+                6,
+                "alpha",
+                self.settings(base, "alpha", (0.1, 1.0, 10.0, 100.0)),
+            ),
+        }
+        return [
+            *(
+                self._table(
+                    f"q4-{key}", f"{title}, warm start", rank, self.curve(points, base), axis
+                )
+                for key, (title, rank, axis, points) in curves.items()
+            ),
+            self._table("q4-levels", "Levels on which a box is foreground", 6, levels),
+        ]
+
+    def question_5(self) -> list[Table]:
+        tables = []
+        for key, title, name, rank in (
+            ("self", "A teacher of the student's size", "small-student", 5),
+            ("as-large", "A student as large as its teacher", "small-teacher", 8),
+        ):
+            start = dataclasses.replace(STUDENT, student=SIZES[name])
+            base = self.continued(start)
+            length = 2000 if name == "small-teacher" else self.start
+            own = dataclasses.replace(start, split="teaching", iterations=length)
+            tables.append(self._table(f"q5-{key}", title, rank, self.against_teacher(base, own)))
+        return tables
+
+    def _table(
+        self, name: str, title: str, rank: int, arms: tuple[Arm, ...], axis: str = ""
+    ) -> Table:
+        return Table(self.prefix + name, title, rank, arms, axis)
+
+    def tables(self) -> list[Table]:
+        """All of them, by question."""
+        return [
+            *self.question_1(),
+            *self.question_2(),
+            *self.question_3(),
+            *self.question_4(),
+            *self.question_5(),
+        ]
+
+
+def taught(trial: Trial, how: Method, teacher: Trial = TEACHER) -> Trial:
+    """The same trial with distillation."""
+    return dataclasses.replace(trial, method=how, teacher=teacher)
+
+
+BETWEEN = Size(widths=(16, 24, 48, 96), blocks=1)
+LARGER = Size(widths=(32, 64, 128, 256), blocks=2, head=128)
+TEACHERS = {  # by millions of parameters
+    0.33: SIZES["small-student"],
+    0.49: BETWEEN,
+    1.18: SIZES["small-teacher"],
+    3.25: LARGER,
+}
+
+REDUCED = Scale()
+FULL = Scale("full-", cold=2000, start=4000, warm=2000, refresh_every=100,
+             lengths=(500, 1000, 2000, 4000, 8000))  # fmt: skip
+GRIDS = {"reduced": REDUCED.tables(), "full": FULL.tables()}

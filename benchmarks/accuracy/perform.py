@@ -1,0 +1,185 @@
+"""One trial from its declaration to its result; resumable, on a CPU to the last bit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import storage
+from coco_eval import evaluate
+from detection_data import DetectionData, first_batches, pair_scenes, to_device
+from detectors import SHIPPED_TEACHER, load_weights, teacher_fingerprint
+from digit_scenes import CLASS_NAMES, DigitScenes, load_digit_scenes
+from distillation import Experiment
+from disturbances import KINDS, Disturbance, disturb
+from global_kd import Distiller
+from global_kd.instances import assign_levels
+from small_detectors import SIZES, small_faster_rcnn
+from training import Recipe
+
+from ..environment import environment
+from .declaration import TRAINING_SCENES_SEED, Trial, declared
+from .store import Store
+
+EVALUATIONS = 4  # points of the AP curve
+CURVE_SCENES = 100  # behind each of them; the final scores are those of all validation scenes
+OMEGA_SCENES = 1000  # in which disturbed instances are looked for
+BATCH = 25
+
+
+def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
+    """Train as far as it is not trained, evaluate, and keep the result.
+
+    Raises:
+        Interrupted: On SIGINT or SIGTERM while it trains; called again, it goes on from there.
+    """
+    began = time.perf_counter()
+    if device == "cpu":
+        torch.set_num_threads(1)  # or several threads would add gradients up in a random order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    data, disturbed = load_data(trial, store)
+    recipe = Recipe(
+        store.iterations(trial),
+        trial.batch_size,
+        trial.lr,
+        seed=trial.training_seed,
+        evaluations=EVALUATIONS,
+    )
+    described = {
+        "identity": trial.identity,
+        "declaration": declared(trial),
+        "environment": environment(torch.device(device)),
+    }
+    if (teacher := shipped(trial)) is not None:
+        teacher.to(device)
+        storage.save(teacher.state_dict(), store.weights(trial))
+        scores = evaluate(teacher, data, label=None)
+        store.write(trial, {**described, "scores": scores, "shipped": SHIPPED_TEACHER.name})
+        return
+    experiment = Experiment(
+        data,
+        lambda: build(trial),
+        recipe,
+        None if trial.teacher is None else trained(trial.teacher, store).to(device),
+        device=device,
+        curve_images=CURVE_SCENES,
+    )
+    state = store.state(trial)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer = experiment.train(
+            trial.identity,
+            trial.method,
+            start=None if trial.start is None else trained(trial.start, store).state_dict(),
+            state=state,
+            resume=True,
+        )
+    except SystemExit as error:
+        if not str(error).startswith("Training diverged"):
+            raise
+        # Where arms diverge they must not go missing from the tables.
+        store.write(trial, {**described, "failed": str(error)})
+        state.unlink(missing_ok=True)
+        return
+    run = trainer.run
+    result: dict[str, Any] = {
+        **described,
+        "scores": evaluate(trainer.model, data, label=None),
+        "iterations": run.iteration,
+        "seconds": round(run.seconds, 3),
+        "curve": run.scores,
+        "losses": run.losses[:: max(1, len(run.losses) // 50)],
+        "telemetry": run.telemetry,
+    }
+    if trainer.kd is not None and disturbed.any() and trainer.kd.loss.bank.valid.any():
+        result["omega_separates"] = separation(trainer.kd, data, disturbed, device)
+    result["last_slice_seconds"] = round(time.perf_counter() - began, 1)
+    if trial.method is None:  # teachers and warm starts are such
+        storage.save(trainer.model.state_dict(), store.weights(trial))
+    store.write(trial, result)
+    state.unlink(missing_ok=True)
+
+
+def load_data(trial: Trial, store: Store) -> tuple[DetectionData, Tensor]:
+    """The scenes of a trial, and bool (R, 4): which training instances are disturbed how."""
+    folders = store.scenes(trial)
+    train = load_digit_scenes("train", trial.data.settings(TRAINING_SCENES_SEED), folders["train"])
+    validation = load_digit_scenes(
+        "validation", trial.data.settings(trial.validation_seed), folders["validation"]
+    )
+    train, disturbed = disturb(
+        first_scenes(train, round(trial.data.share * len(train))), trial.data.disturbance
+    )
+    return pair_scenes(train, validation), disturbed
+
+
+def first_scenes(scenes: DigitScenes, count: int) -> DigitScenes:
+    """The first `count` scenes."""
+    end = int(scenes.first[count])
+    return DigitScenes(
+        scenes.images[:count], scenes.boxes[:end], scenes.labels[:end], scenes.first[: count + 1]
+    )
+
+
+def build(trial: Trial) -> nn.Module:
+    """The student of a trial with random weights."""
+    return small_faster_rcnn(trial.student, len(CLASS_NAMES), trial.data.side)
+
+
+def trained(trial: Trial, store: Store) -> nn.Module:
+    """The detector that a finished trial ended with."""
+    model = build(trial)
+    load_weights(model, store.weights(trial), len(CLASS_NAMES))
+    return model
+
+
+def shipped(trial: Trial) -> nn.Module | None:
+    """The teacher that lies beside the examples, where this trial is how it was trained."""
+    data = trial.data
+    whole = data.share == 1 and data.disturbance == Disturbance()
+    plain = trial.method is None and trial.start is None
+    if not (plain and whole and trial.student == SIZES["small-teacher"]):
+        return None
+    recipe = Recipe(trial.iterations, trial.batch_size, trial.lr, seed=trial.training_seed)
+    stored = storage.load(SHIPPED_TEACHER)
+    settings = data.settings(TRAINING_SCENES_SEED)
+    if not isinstance(stored, dict) or stored.get("fingerprint") != teacher_fingerprint(
+        settings, recipe
+    ):
+        return None
+    model = build(trial)
+    load_weights(model, SHIPPED_TEACHER, len(CLASS_NAMES))
+    return model
+
+
+def separation(
+    kd: Distiller, data: DetectionData, disturbed: Tensor, device: str
+) -> dict[str, float]:
+    """For each kind, how well a low omega tells disturbed instances from clean ones.
+
+    The area under the ROC curve on the first training scenes: 1 is apart, 0.5 is chance. Omega is
+    that of the level of the box's size.
+    """
+    omegas = []
+    batches = first_batches(data.train, OMEGA_SCENES, BATCH)
+    for images, targets in to_device(batches, device):
+        boxes, omega = kd.weigh(images, targets)
+        level = assign_levels(boxes.boxes, kd.loss.rdm.strides, kd.loss.rdm.finest_scale)
+        omegas.append(omega.gather(0, level[None])[0].cpu())
+    low = 1 - torch.cat(omegas)
+    disturbed = disturbed[: len(low)]
+    clean = ~disturbed.any(dim=1)
+    return {
+        kind: area_under_roc(low[disturbed[:, n]], low[clean])
+        for n, kind in enumerate(KINDS)
+        if disturbed[:, n].any()
+    }
+
+
+def area_under_roc(positive: Tensor, negative: Tensor) -> float:
+    """The share of pairs in which the positive is higher; ties count half."""
+    gap = positive.double()[:, None] - negative.double()
+    return float((gap > 0).double().mean() + (gap == 0).double().mean() / 2)

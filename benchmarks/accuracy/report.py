@@ -1,0 +1,285 @@
+"""Results to tables and plots in docs/evidence.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from coco_eval import METRICS
+
+from .declaration import Arm, Table
+from .intervals import Difference, paired
+from .store import Store
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+BEGIN = "<!-- results: written by `python -m benchmarks.accuracy report` -->"
+END = "<!-- /results -->"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+Runs = dict[int, dict[str, Any]]  # the results of an arm by seed
+Sources = Mapping[str, tuple[Store, int]]  # by device: the results, and how many seeds
+
+
+def collect(table: Table, store: Store, seeds: int) -> dict[str, Runs]:
+    """The results there are, by arm and seed."""
+    return {
+        arm.name: {
+            seed: result
+            for seed in range(seeds)
+            if (result := store.result(arm.trial.at(seed))) is not None
+        }
+        for arm in table.arms
+    }
+
+
+def percent(runs: Runs, metric: str) -> dict[int, float]:
+    """A metric in percent by seed, without the trainings that diverged."""
+    return {seed: 100 * run["scores"][metric] for seed, run in runs.items() if "scores" in run}
+
+
+def rows(table: Table, found: Mapping[str, Runs]) -> Iterator[list[str]]:
+    """An arm that is compared with several has a row for each."""
+    for arm in table.arms:
+        runs = found[arm.name]
+        level = percent(runs, "AP")
+        diverged = sum("failed" in run for run in runs.values())
+        seeds = f"{len(level)}" + (f" ({diverged} diverged)" if diverged else "")
+        ap = f"{mean(level.values()):.1f}" if level else ""
+        paces = [r["seconds"] / r["iterations"] for r in runs.values() if "seconds" in r]
+        pace = f"{mean(paces):.3f}" if paces else ""
+        for n, other in enumerate(arm.against or ("",)):
+            head = [arm.name, seeds, ap] if n == 0 else ["", "", ""]
+            gaps = [difference(found, arm, other, metric) for metric in METRICS]
+            yield [*head, other, *map(cell, gaps), pace if n == 0 else ""]
+
+
+def difference(found: Mapping[str, Runs], arm: Arm, other: str, metric: str) -> Difference | None:
+    """Of an arm to another, paired by seed, in points of percent."""
+    return paired(percent(found[arm.name], metric), percent(found.get(other, {}), metric))
+
+
+def cell(gap: Difference | None) -> str:
+    """Bold where the interval leaves out 0."""
+    if gap is None:
+        return ""
+    return f"**{gap}**" if gap.beyond_noise else str(gap)
+
+
+def separations(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
+    """How well omega told disturbed instances from clean ones, where there are such."""
+    parts = []
+    for arm in table.arms:
+        areas: dict[str, list[float]] = {}
+        for run in found[arm.name].values():
+            for kind, area in run.get("omega_separates", {}).items():
+                areas.setdefault(kind, []).append(area)
+        parts += [
+            f"{arm.name}: {kind} {mean(values):.2f} (n = {len(values)})"
+            for kind, values in areas.items()
+        ]
+    if parts:
+        yield (
+            "Area under the ROC curve of a low ω for the disturbed instances (1: told apart, 0.5: "
+            f"chance): {'; '.join(parts)}."
+        )
+        yield ""
+
+
+def section(table: Table, store: Store, seeds: int, device: str, images: Path) -> Iterator[str]:
+    """One table with its plots; nothing without results."""
+    found = collect(table, store, seeds)
+    if not any(found.values()):
+        return
+    yield f"### {table.title}, {DEVICES[device]}"
+    yield ""
+    done, total = sum(map(len, found.values())), seeds * len(table.arms)
+    yield f"`{table.name}`: {done} of {total} trainings."
+    yield ""
+    head = ["arm", "seeds", "AP", "against", *(f"Δ {m}" for m in METRICS), "s/iteration"]
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    for row in rows(table, found):
+        yield f"| {' | '.join(row)} |"
+    yield ""
+    yield from separations(table, found)
+    for file, what in plots(table, found, device, images):
+        yield f"![{what}](images/{file.name})"
+        yield ""
+    identities = (
+        f"{arm.name}: " + ", ".join(f"`{run['identity']}`" for run in found[arm.name].values())
+        for arm in table.arms
+        if found[arm.name]
+    )
+    yield f"<details><summary>Identities</summary>{'; '.join(identities)}</details>"
+    yield ""
+
+
+def plots(
+    table: Table, found: Mapping[str, Runs], device: str, images: Path
+) -> Iterator[tuple[Path, str]]:
+    """Paired differences of AP with their intervals, and AP over the training."""
+    stem = f"evidence_{table.name}_{device}"
+    if table.axis:
+        drawn = draw_lines(table, found, images / f"{stem}.png")
+    else:
+        drawn = draw_differences(table, found, images / f"{stem}.png")
+    if drawn:
+        yield images / f"{stem}.png", f"{table.title}: paired differences of AP"
+    if draw_curves(table, found, images / f"{stem}_curves.png"):
+        yield images / f"{stem}_curves.png", f"{table.title}: AP over the training"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, plot = pyplot.subplots(figsize=(width, height))
+    plot.grid(alpha=0.3)
+    return figure, plot
+
+
+def _save(figure: Any, file: Path) -> bool:
+    from matplotlib import pyplot
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
+def draw_differences(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
+    """A line a comparison: the seeds as dots, mean and interval beside them."""
+    lines = [
+        (f"{arm.name} − {other}", arm, other)
+        for arm in table.arms
+        for other in arm.against
+        if difference(found, arm, other, "AP") is not None
+    ]
+    if not lines:
+        return False
+    figure, plot = _figure(8, 1.2 + 0.32 * len(lines))
+    for y, (_, arm, other) in enumerate(lines):
+        gap = difference(found, arm, other, "AP")
+        assert gap is not None
+        ours, theirs = percent(found[arm.name], "AP"), percent(found[other], "AP")
+        seeds = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        plot.plot(seeds, [y] * len(seeds), "o", color="C0", alpha=0.4, markersize=4)
+        plot.errorbar(gap.mean, y, xerr=gap.half, fmt="D", color="C0", capsize=3)
+    plot.axvline(0, color="black", linewidth=0.8)
+    plot.set_yticks(range(len(lines)), [name for name, _, _ in lines], fontsize=8)
+    plot.invert_yaxis()
+    plot.set_xlabel("difference of AP in percent: seeds, mean and 95 % interval")
+    return _save(figure, file)
+
+
+def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
+    """Paired differences of AP along the table's axis."""
+    lines: dict[str, list[tuple[float, Difference]]] = {}
+    for arm in table.arms:
+        gap = difference(found, arm, arm.against[0], "AP") if arm.against else None
+        if arm.x is not None and gap is not None:
+            lines.setdefault(arm.line, []).append((arm.x, gap))
+    if not lines:
+        return False
+    figure, plot = _figure(7, 4.2)
+    for line, points in lines.items():
+        plot.errorbar(
+            [x for x, _ in points],
+            [gap.mean for _, gap in points],
+            # One pair has no interval; matplotlib takes a NaN for that.
+            yerr=[float("nan") if gap.half is None else gap.half for _, gap in points],
+            fmt="o-",
+            capsize=3,
+            label=line,
+        )
+    plot.axhline(0, color="black", linewidth=0.8)
+    plot.set_xscale("log")
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    plot.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    plot.minorticks_off()
+    plot.set_xlabel(table.axis)
+    plot.set_ylabel("difference of AP in percent, 95 % interval")
+    plot.legend(fontsize=8)
+    return _save(figure, file)
+
+
+def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
+    """Mean AP of each arm over the training; arms without omega are left out."""
+    curves = {
+        arm.name: [run["curve"] for run in found[arm.name].values() if run.get("curve")]
+        for arm in table.arms
+        if not arm.name.endswith("no omega")
+    }
+    curves = {name: runs for name, runs in curves.items() if runs}
+    if not curves:
+        return False
+    figure, plot = _figure(7, 4.2)
+    for n, (name, runs) in enumerate(curves.items()):
+        # Arms of equal time have as many points at other iterations, which differ by seed.
+        x, y = (
+            [mean(point[key] for point in points) for points in zip(*runs, strict=True)]
+            for key in ("iteration", "AP")
+        )
+        style = "--" if name.startswith("none") else ("-" if n < 10 else ":")
+        plot.plot(x, [100 * ap for ap in y], style, label=f"{name} (n = {len(runs)})")
+    plot.set_xlabel("iterations")
+    plot.set_ylabel("AP in percent, on the curve's scenes")
+    plot.legend(fontsize=7)
+    return _save(figure, file)
+
+
+def machines(sources: Sources, tables: Sequence[Table]) -> Iterator[str]:
+    """Where the results come from."""
+    runs = {
+        run["identity"]: run["environment"]
+        for store, seeds in sources.values()
+        for table in tables
+        for by_seed in collect(table, store, seeds).values()
+        for run in by_seed.values()
+    }
+    names = Counter(
+        f"{env['gpu']['name'] if env['gpu'] else env['cpu']}, torch {env['torch']}, commit "
+        f"{env['commit']}"
+        for env in runs.values()
+    )
+    yield "### Where it was trained"
+    yield ""
+    yield from (f"- {number} trainings: {name}." for name, number in names.items())
+    yield ""
+
+
+def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
+    """What stands between the markers."""
+    written = [
+        line
+        for table in tables
+        for device, (store, seeds) in sources.items()
+        for line in section(table, store, seeds, device, images)
+    ]
+    if not written:
+        return "No runs yet."
+    legend = (
+        "AP in percent, mean over seeds; Δ: paired differences over the seeds that both arms have, "
+        "with 95 % intervals (t); bold: the interval leaves out 0. s, m, l: boxes up to 16² px, "
+        "up to 28² px, larger."
+    )
+    return "\n".join([legend, "", *written, *machines(sources, tables)]).rstrip("\n")
+
+
+def main(sources: Sources, tables: Sequence[Table], page: Path = PAGE) -> int:
+    """Write the page anew between its markers."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page}: expected one line '{BEGIN}' and one '{END}'")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    written = body(sources, tables, page.parent / "images")
+    page.write_text(f"{before}{BEGIN}\n\n{written}\n\n{END}{after}", encoding="utf-8")
+    print(f"written: {page}")
+    return 0
