@@ -87,9 +87,8 @@ def _loosen(rng: np.random.Generator, box: Tensor, side: int) -> Tensor:
         if OVERLAP[0] <= float(box_iou(other[None], box[None])) <= OVERLAP[1]:
             return other
     # A box that fills the picture has few others: the same, smaller.
-    half = torch.from_numpy(size * (sum(OVERLAP) / 2) ** 0.5 / 2)
-    centre = torch.from_numpy(middle)
-    return torch.cat([centre - half, centre + half]).float()
+    half = size * (sum(OVERLAP) / 2) ** 0.5 / 2
+    return torch.from_numpy(np.concatenate([middle - half, middle + half])).float()
 
 
 def _blur(image: Tensor, box: Tensor) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import storage
 
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def quick(trial: Trial) -> Trial:
     """The same with next to no scenes and iterations."""
-    parts = {
+    parts: dict[str, Any] = {
         name: None if part is None else quick(part)
         for name in ("teacher", "start", "time_of")
         for part in [getattr(trial, name)]

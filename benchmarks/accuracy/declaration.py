@@ -7,10 +7,15 @@ import hashlib
 import json
 from typing import Any
 
+from torch import nn
+
 from digit_scenes import SceneSettings
 from distillation import Knowledge
 from disturbances import Disturbance
+from global_kd import Distiller
 from small_detectors import SIZES, Size
+
+from .variants import OtherLoss, Variant
 
 # Where a split's trainings and its validation scenes get their seeds from. Tuning looks at the
 # scenes on which the examples' defaults were chosen; what is reported was seen by no choice.
@@ -49,13 +54,38 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Method(Knowledge):
-    """What is transferred: the example's settings, and `alpha` of the pursuit."""
+    """What is transferred: the example's settings, and more of the library's and of `Variant`."""
 
     alpha: float = 10.0
+    standardize: bool = later(True)
+    form: str = later("cosine")
+    space: str = later("pooled")
+    pick: str = later("pursuit")
+
+    @property
+    def variant(self) -> Variant:
+        """What differs from the library."""
+        return Variant(self.form, self.space, self.pick)
 
     def options(self) -> dict[str, Any]:
         """These settings as arguments of `GlobalKnowledgeLoss`."""
-        return {**super().options(), "alpha": self.alpha}
+        return super().options() | {"alpha": self.alpha, "standardize": self.standardize}
+
+    def distiller(
+        self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
+    ) -> Distiller:
+        """A `Distiller` with these settings for a training of `steps` iterations."""
+        if self.variant == Variant():
+            return super().distiller(student, teacher, num_classes, steps, seed)
+        loss = OtherLoss(
+            num_classes,
+            self.variant,
+            (student, teacher),
+            total_steps=steps,
+            seed=seed,
+            **self.options(),
+        )
+        return Distiller(student, teacher, loss, boxes=self.boxes)
 
 
 @dataclasses.dataclass(frozen=True)

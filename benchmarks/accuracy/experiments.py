@@ -109,7 +109,7 @@ class Scale:
                 arms.append(Arm(f"{name}, {number}", trial, (plain,), name, number))
         return tuple(arms)
 
-    def disturbed(self, names: tuple[str, ...], **shares: float) -> tuple[Arm, ...]:
+    def disturbed(self, names: tuple[str, ...], **shares: Any) -> tuple[Arm, ...]:
         """Terms with and without omega on disturbed scenes, and the same on clean ones.
 
         Teacher and warm start saw clean scenes; what an arm loses is its difference to itself on
@@ -195,6 +195,15 @@ class Scale:
             "ground-truth boxes": {"boxes": "ground_truth"},
             "weight 0.5": {"relation": 0.5},
             "weight 25": {"relation": 25.0},
+            "projection coefficients": {"form": "projection"},
+            "softened similarities": {"form": "softened", "relation": 0.5},
+            "3x3 grid": {"space": "grid"},
+            "embedding of the RoI head": {"space": "embedding"},
+            "embedding, own class": {"space": "embedding", "own_class": True},
+            "embedding, softened": {"space": "embedding", "form": "softened", "relation": 0.5},
+            "random prototypes": {"pick": "random"},
+            "k-means prototypes": {"pick": "kmeans"},
+            "class means": {"pick": "means"},
         }
         arms = [Arm("none", base, ())]
         first = "as in question 1"
@@ -208,7 +217,7 @@ class Scale:
         return tuple(arms)
 
     def question_3(self) -> list[Table]:
-        kinds: dict[str, tuple[str, int, dict[str, float]]] = {
+        kinds: dict[str, tuple[str, int, dict[str, Any]]] = {
             "labels-30": ("30 % wrong labels", 3, {"labels": 0.3}),
             "boxes": ("30 % loose boxes", 3, {"boxes": 0.3}),
             "blur": ("30 % blurred digits", 6, {"blur": 0.3}),

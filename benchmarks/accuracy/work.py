@@ -155,7 +155,9 @@ def work(
                 name, trial = found
                 store.draw_scenes(trial)
                 print(f"{trial.identity}  {name}", flush=True)
-                process = get_context("spawn").Process(target=train, args=(trial, store, device))
+                process: BaseProcess = get_context("spawn").Process(
+                    target=train, args=(trial, store, device)
+                )
                 process.start()
                 running[trial.identity] = name, process
             if not running:
