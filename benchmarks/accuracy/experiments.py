@@ -49,18 +49,23 @@ WITHOUT_RELATION = ("imitation", "soft labels", "imitation + soft labels")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How long trainings are, and how often they renew their prototypes, in iterations."""
+    """How long trainings are, and how often they renew their prototypes, in iterations.
+
+    `cold` from random weights, `explore` the same in question 2, where the arms are many; `warm`
+    from a student that was trained for `start`.
+    """
 
     prefix: str = ""
-    cold: int = 600
+    cold: int = 500
+    explore: int = 300
     start: int = 1000
     warm: int = 300
     refresh_every: int = 25
-    lengths: tuple[int, ...] = (300, 600, 1200, 2400)
+    lengths: tuple[int, ...] = (500, 1000, 2000, 4000)
 
     def student(self, **how: Any) -> Trial:
         """Trained from random weights."""
-        return dataclasses.replace(STUDENT, iterations=self.cold, **how)
+        return dataclasses.replace(STUDENT, **({"iterations": self.cold} | how))
 
     def continued(self, start: Trial | None = None, **how: Any) -> Trial:
         """Going on from a student that was trained without distillation, on clean scenes."""
@@ -154,17 +159,19 @@ class Scale:
         }
         warm, cold = self.continued(), self.student()
         return [
-            self._table("q1-warm", "Terms, warm start", 1, self.terms(warm, tuple(TERMS))),
-            self._table("q1-cold", "Terms, from random weights", 4, self.terms(cold, tuple(TERMS))),
+            self._table("q1-warm", "Terms, warm start", 5, self.terms(warm, tuple(TERMS))),
+            self._table("q1-cold", "Terms, from random weights", 1, self.terms(cold, tuple(TERMS))),
             self._table(
                 "q1-length",
                 "Students trained longer and longer",
-                5,
+                6,
                 self.growing(cold, ("imitation + soft labels", "relation", "all")),
                 "iterations",
             ),
-            self._table("q1-time", "Equal time, warm start", 5, self.equal_time(warm, FEW)),
-            self._table("q1-cold-time", "Equal time, cold start", 7, self.equal_time(cold, FEW)),
+            self._table("q1-warm-time", "Equal time, warm start", 7, self.equal_time(warm, FEW)),
+            self._table(
+                "q1-time", "Equal time, from random weights", 4, self.equal_time(cold, FEW)
+            ),
             *(
                 self._table(f"q1-{share}", f"{share} % of the scenes", 6, self.terms(base, FEW))
                 for share, base in few_scenes.items()
@@ -177,8 +184,8 @@ class Scale:
                 f"q2-{start}", f"The relation term, {start} start (tuning split)", rank, arms
             )
             for start, rank, base in (
-                ("warm", 2, self.continued(split="tuning")),
-                ("cold", 8, self.student(split="tuning")),
+                ("cold", 3, self.student(split="tuning", iterations=self.explore)),
+                ("warm", 8, self.continued(split="tuning")),
             )
             for arms in [self._relations(base)]
         ]
@@ -218,8 +225,8 @@ class Scale:
 
     def question_3(self) -> list[Table]:
         kinds: dict[str, tuple[str, int, dict[str, Any]]] = {
-            "labels-30": ("30 % wrong labels", 3, {"labels": 0.3}),
-            "boxes": ("30 % loose boxes", 3, {"boxes": 0.3}),
+            "labels-30": ("30 % wrong labels", 2, {"labels": 0.3}),
+            "boxes": ("30 % loose boxes", 5, {"boxes": 0.3}),
             "blur": ("30 % blurred digits", 6, {"blur": 0.3}),
             "occlusion": ("30 % half covered digits", 6, {"occlusion": 0.3}),
             "labels-15": ("15 % wrong labels", 7, {"labels": 0.15}),
@@ -271,7 +278,7 @@ class Scale:
     def question_5(self) -> list[Table]:
         tables = []
         for key, title, name, rank in (
-            ("self", "A teacher of the student's size", "small-student", 5),
+            ("self", "A teacher of the student's size", "small-student", 4),
             ("as-large", "A student as large as its teacher", "small-teacher", 8),
         ):
             start = dataclasses.replace(STUDENT, student=SIZES[name])
@@ -312,6 +319,6 @@ TEACHERS = {  # by millions of parameters
 }
 
 REDUCED = Scale()
-FULL = Scale("full-", cold=2000, start=4000, warm=2000, refresh_every=100,
+FULL = Scale("full-", cold=2000, explore=1000, start=4000, warm=2000, refresh_every=100,
              lengths=(500, 1000, 2000, 4000, 8000))  # fmt: skip
 GRIDS = {"reduced": REDUCED.tables(), "full": FULL.tables()}

@@ -1,0 +1,120 @@
+"""What a trial is, and which trials are never mixed."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.accuracy.declaration import Arm, Data, Method, Table, Trial, declared
+from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
+from benchmarks.accuracy.store import RESULTS
+from benchmarks.accuracy.work import everything, in_order
+
+TABLES = [table for grid in GRIDS.values() for table in grid]
+
+
+def test_equal_declarations_are_one_trial():
+    taught = dataclasses.replace(STUDENT, method=Method(relation=1.0), teacher=TEACHER)
+    again = Trial(method=Method(relation=1.0), teacher=TEACHER)
+    assert taught.identity == again.identity
+    assert len(taught.identity) == 12 and int(taught.identity, 16) >= 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"split": "tuning"},
+        {"iterations": 999},
+        {"lr": 1e-3},
+        {"batch_size": 8},
+        {"student": TEACHER.student},
+        {"data": Data(share=0.25)},
+        {"start": STUDENT},
+        {"method": Method(), "teacher": TEACHER},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_whatever_changes_a_training_changes_its_identity(other):
+    assert dataclasses.replace(STUDENT, **other).identity != STUDENT.identity
+
+
+def test_what_a_trial_rests_on_is_part_of_it():
+    """Its teacher's and start's declarations, not only that it has some."""
+    longer = dataclasses.replace(TEACHER, iterations=3000)
+    one, other = (Trial(method=Method(), teacher=t) for t in (TEACHER, longer))
+    assert one.identity != other.identity
+    one, other = (Trial(start=dataclasses.replace(STUDENT, iterations=n)) for n in (10, 20))
+    assert one.identity != other.identity
+
+
+def test_a_field_that_came_later_changes_no_older_identity():
+    known = declared(Method())
+    assert not {"form", "space", "pick", "standardize"} & set(known)
+    assert declared(Method(form="softened")) == known | {"form": "softened"}
+    # As it was when the first results were committed.
+    assert STUDENT.identity == "6fd70724bbc5"
+
+
+def test_tuning_and_reporting_share_neither_seeds_nor_validation_scenes():
+    trials = list(everything([pair for grid in GRIDS.values() for pair in in_order(grid, 5)]))
+    by_split = {
+        split: [t for t in trials if t.split == split]
+        for split in ("teaching", "tuning", "reporting")
+    }
+    seeds = {split: {t.training_seed for t in group} for split, group in by_split.items()}
+    assert all(seeds.values())
+    assert not seeds["tuning"] & seeds["reporting"] and not seeds["teaching"] & seeds["reporting"]
+    scenes = {split: {t.validation_seed for t in by_split[split]} for split in by_split}
+    assert not scenes["tuning"] & scenes["reporting"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"split": "test"}, "split: expected one of"),
+        ({"seed": 1000}, "seed: expected 0 <= seed < 1000"),
+        ({"method": Method()}, "method, teacher: expected both or neither"),
+        ({"method": Method(), "teacher": STUDENT}, "teacher: expected a trial of the split"),
+        ({"start": STUDENT.at(1)}, "start: expected a trial of split 'reporting' and seed 0"),
+        ({"start": Trial(split="tuning")}, "start: expected a trial of split"),
+        ({"time_of": Trial(iterations=5)}, "time_of: expected a trial of 1000 iterations"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_trials_that_cannot_be_compared_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        Trial(**how)
+
+
+def test_tables_are_of_one_split_and_name_their_arms():
+    with pytest.raises(ValueError, match="one split"):
+        Table("t", "", 1, (Arm("a", STUDENT, ()), Arm("b", Trial(split="tuning"), ())))
+    with pytest.raises(ValueError, match="unknown 'none'"):
+        Table("t", "", 1, (Arm("a", STUDENT),))
+    with pytest.raises(ValueError, match="different names"):
+        Table("t", "", 1, (Arm("a", STUDENT, ()), Arm("a", STUDENT, ())))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_arms_are_compared_with_what_differs_in_nothing_else(table):
+    """The same scenes, start, seed and length; or what a table says it varies."""
+    arms = {arm.name: arm.trial for arm in table.arms}
+    varied = {"method", "teacher", "time_of"} | ({"data"} if "q3" in table.name else set())
+    for arm in table.arms:
+        for other in arm.against:
+            one, two = vars(arm.trial), vars(arms[other])
+            assert {key for key in one if one[key] != two[key]} <= varied, (arm.name, other)
+
+
+def test_every_committed_result_is_declared():
+    declared_now = {
+        trial.identity for grid in GRIDS.values() for trial in everything(in_order(grid, 20))
+    }
+    found = {file.stem for file in RESULTS.glob("*/*.json")}
+    assert found and found <= declared_now
+
+
+def test_the_paper_is_one_argument_away_in_every_grid():
+    assert {t.name.removeprefix("full-") for t in GRIDS["full"]} == {
+        t.name for t in GRIDS["reduced"]
+    }
