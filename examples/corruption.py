@@ -50,10 +50,10 @@ def corrupt(scenes: DigitScenes, share: float, seed: int) -> Corrupted:
         if error == CLEAN:
             break
         if error == LABEL:
-            labels[row] = _another_class(rng, int(labels[row]))
+            labels[row] = another_class(rng, int(labels[row]))
         else:
             true = scenes.target(scene_of[row])["boxes"]
-            wrong = _wrong_box(rng, scenes.boxes[row], true, error, side)
+            wrong = wrong_box(rng, scenes.boxes[row], true, error, side)
             if wrong is None:
                 continue
             boxes[row] = wrong
@@ -64,15 +64,18 @@ def corrupt(scenes: DigitScenes, share: float, seed: int) -> Corrupted:
     return Corrupted(DigitScenes(scenes.images, boxes, labels, scenes.first), scenes, kind)
 
 
-def _another_class(rng: np.random.Generator, label: int) -> int:
+def another_class(rng: np.random.Generator, label: int) -> int:
     """One of the nine other labels from 1 to 10."""
     return 1 + (label - 1 + int(rng.integers(1, 10))) % 10
 
 
-def _wrong_box(
+def wrong_box(
     rng: np.random.Generator, box: Tensor, true: Tensor, error: int, side: int
 ) -> Tensor | None:
-    """A box (4,) with the error SHIFTED or MOVED; None if chance found none."""
+    """A box (4,) with the error SHIFTED or MOVED, within the picture; None if chance found none.
+
+    `true` (r, 4) are the boxes of the scene, which one that moved must not touch.
+    """
     low, high = OVERLAP
     size, middle = (box[2:] - box[:2]).numpy(), ((box[2:] + box[:2]) / 2).numpy()
     for _ in range(_TRIES):

@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.ops import box_iou
 
+from corruption import OVERLAP, SHIFTED, another_class, wrong_box
 from digit_scenes import DigitScenes
 
 KINDS = ("labels", "boxes", "blur", "occlusion")
-OVERLAP = (0.3, 0.6)  # IoU of a loose box with the true one
 BLUR = 0.15  # standard deviation of the blur, of the height of the box
 COVERED = 0.5  # of a box, at one of its sides
-_TRIES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ def disturb(scenes: DigitScenes, how: Disturbance) -> tuple[DigitScenes, Tensor]
     for row in met.any(dim=1).nonzero().flatten().tolist():
         rngs = [np.random.default_rng([how.seed, kind, row]) for kind in range(len(KINDS))]
         if wrong_label[row]:
-            labels[row] = 1 + (labels[row] - 1 + int(rngs[0].integers(1, 10))) % 10
+            labels[row] = another_class(rngs[0], int(labels[row]))
         if loose[row]:
             boxes[row] = _loosen(rngs[1], scenes.boxes[row], side)
         if blurred[row]:
@@ -78,17 +76,13 @@ def disturb(scenes: DigitScenes, how: Disturbance) -> tuple[DigitScenes, Tensor]
 
 def _loosen(rng: np.random.Generator, box: Tensor, side: int) -> Tensor:
     """Another box (4,) within the picture, its IoU with `box` within `OVERLAP`."""
-    size, middle = (box[2:] - box[:2]).numpy(), ((box[2:] + box[:2]) / 2).numpy()
-    for _ in range(_TRIES):
-        extent = size * np.exp(rng.uniform(-0.5, 0.5, size=2))
-        centre = middle + size * rng.uniform(-0.5, 0.5, size=2)
-        corners = np.concatenate([centre - extent / 2, centre + extent / 2])
-        other = torch.from_numpy(corners).float().clamp(0, side)
-        if OVERLAP[0] <= float(box_iou(other[None], box[None])) <= OVERLAP[1]:
-            return other
+    loose = wrong_box(rng, box, box[None], SHIFTED, side)
+    if loose is not None:
+        return loose
     # A box that fills the picture has few others: the same, smaller.
-    half = size * (sum(OVERLAP) / 2) ** 0.5 / 2
-    return torch.from_numpy(np.concatenate([middle - half, middle + half])).float()
+    half = (box[2:] - box[:2]) * (sum(OVERLAP) / 2) ** 0.5 / 2
+    middle = (box[2:] + box[:2]) / 2
+    return torch.cat([middle - half, middle + half])
 
 
 def _blur(image: Tensor, box: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
 from global_kd.detector import Detections
+from tests.small_loss import small_loss
 
 from .integrations.detectors import detector, scenes
 from .test_distiller import IMAGES, Detector
@@ -16,15 +18,7 @@ from .test_distiller import IMAGES, Detector
 K = 4
 
 
-def gk(**options):
-    defaults = {
-        "total_steps": 20,
-        "refresh_every": 2,
-        "min_side": 4,
-        "finest_scale": 12,
-        "relation": 5,
-    }
-    return GlobalKnowledgeLoss(K, **(defaults | options))
+gk = partial(small_loss, K)
 
 
 def home_made(**options):

@@ -18,6 +18,7 @@ from disturbances import KINDS, Disturbance, disturb
 from global_kd import Distiller
 from global_kd.instances import assign_levels
 from small_detectors import SIZES, small_faster_rcnn
+from suspicion import area_under_roc
 from training import Recipe
 
 from ..environment import environment
@@ -172,14 +173,10 @@ def separation(
     low = 1 - torch.cat(omegas)
     disturbed = disturbed[: len(low)]
     clean = ~disturbed.any(dim=1)
-    return {
-        kind: area_under_roc(low[disturbed[:, n]], low[clean])
-        for n, kind in enumerate(KINDS)
-        if disturbed[:, n].any()
-    }
-
-
-def area_under_roc(positive: Tensor, negative: Tensor) -> float:
-    """The share of pairs in which the positive is higher; ties count half."""
-    gap = positive.double()[:, None] - negative.double()
-    return float((gap > 0).double().mean() + (gap == 0).double().mean() / 2)
+    areas = {}
+    for n, kind in enumerate(KINDS):
+        met = disturbed[:, n]
+        if met.any() and clean.any():
+            asked = met | clean
+            areas[kind] = area_under_roc(low[asked], met[asked])
+    return areas

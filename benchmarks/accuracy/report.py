@@ -291,27 +291,32 @@ def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
 
 
 def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
-    """Mean AP of each arm over the training; arms without omega are left out."""
+    """Mean AP of each arm over the training, over the seeds that all arms with curves have.
+
+    Arms without omega are left out.
+    """
     curves = {
-        arm.name: [run["curve"] for run in found[arm.name].values() if run.get("curve")]
+        arm.name: {seed: run["curve"] for seed, run in found[arm.name].items() if run.get("curve")}
         for arm in table.arms
         if not arm.name.endswith("no omega")
     }
     curves = {name: runs for name, runs in curves.items() if runs}
-    if not curves:
+    seeds = sorted(set.intersection(*map(set, curves.values()))) if curves else []
+    if not seeds:
         return False
-    figure, plot = _figure(7, 4.2)
+    figure, plot = _figure(9.5, 4.2)
     for n, (name, runs) in enumerate(curves.items()):
-        # Arms of equal time have as many points at other iterations, which differ by seed.
+        # Arms of equal time have as many points at other iterations.
         x, y = (
-            [mean(point[key] for point in points) for points in zip(*runs, strict=True)]
+            [mean(p[key] for p in points) for points in zip(*(runs[s] for s in seeds), strict=True)]
             for key in ("iteration", "AP")
         )
         style = "--" if name.startswith("none") else ("-" if n < 10 else ":")
-        plot.plot(x, [100 * ap for ap in y], style, label=f"{name} (n = {len(runs)})")
+        plot.plot(x, [100 * ap for ap in y], style, label=name)
     plot.set_xlabel("iterations")
-    plot.set_ylabel("AP in percent, on the curve's scenes")
-    plot.legend(fontsize=7)
+    over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    plot.set_ylabel(f"AP in percent, {over}")
+    plot.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return _save(figure, file)
 
 

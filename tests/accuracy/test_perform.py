@@ -9,7 +9,7 @@ import torch
 from benchmarks.accuracy import report
 from benchmarks.accuracy.__main__ import main, shrunk
 from benchmarks.accuracy.experiments import GRIDS
-from benchmarks.accuracy.perform import area_under_roc, first_scenes, perform
+from benchmarks.accuracy.perform import first_scenes, perform
 from benchmarks.accuracy.store import Store
 from digit_scenes import SceneSettings, make_scenes
 
@@ -135,12 +135,6 @@ def test_average_effects_by_hand(tmp_path):
     ):
         assert found[name][0] == pairs and found[name][1].n == 2
         assert found[name][1].mean == pytest.approx(wanted)
-
-
-def test_area_under_roc():
-    a, b = torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5])
-    assert area_under_roc(a, b) == (3 + 0.5) / 4
-    assert area_under_roc(b, a) == 0.5 / 4
 
 
 def test_a_share_of_the_scenes_is_the_first_ones():

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from corruption import OVERLAP
 from digit_scenes import SceneSettings, make_scenes
-from disturbances import KINDS, OVERLAP, Disturbance, disturb
+from disturbances import KINDS, Disturbance, disturb
 
 SCENES = make_scenes("train", SceneSettings(train=60))
 NUMBER = len(SCENES.labels)

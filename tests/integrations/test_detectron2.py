@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Pixels
 from global_kd.functional import logit_loss
+from tests.small_loss import small_loss
 
 from .cases import Scene, scenes
 from .cases_detectron2 import NUM_CLASSES, build, config, mapped, step, tame
@@ -90,15 +92,7 @@ def batch(kind="faster", seed=0, sizes=SIZES):
     return mapped(tiny_config(kind), scenes(sizes, NUM_CLASSES, seed))
 
 
-def gk(**options):
-    defaults = {
-        "total_steps": 20,
-        "refresh_every": 2,
-        "min_side": 4,
-        "finest_scale": 24,
-        "relation": 5,
-    }
-    return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
+gk = partial(small_loss, NUM_CLASSES, finest_scale=24)
 
 
 def train_step(student, kd, optimizer, images):

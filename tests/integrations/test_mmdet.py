@@ -7,15 +7,17 @@ backbone, neck and head with one ``forward`` of several modes.
 
 import copy
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Pixels
+from global_kd import Distiller, Pixels
 from global_kd.functional import pool_boxes
 from global_kd.integrations.mmdet import MMDetDetector
+from tests.small_loss import small_loss
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
 
@@ -138,10 +140,7 @@ def data(horizontal=True):
     return {"inputs": images, "data_samples": samples}
 
 
-def gk(**options):
-    return GlobalKnowledgeLoss(
-        3, total_steps=20, refresh_every=2, min_side=4, relation=5, **options
-    )
+gk = partial(small_loss, 3, finest_scale=None)
 
 
 @pytest.mark.parametrize("neck", [True, False])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -14,21 +15,14 @@ from torchvision.ops import box_iou
 from global_kd import Distiller, GlobalKnowledgeLoss
 from global_kd.detector import View, detector_of
 from global_kd.functional import logit_loss, pool_boxes
+from tests.small_loss import small_loss
 
 from .detectors import KINDS, NUM_CLASSES, detector, scenes
 
 BOTH = ("proposals", "ground_truth")
 
 
-def gk(**options):
-    defaults = {
-        "total_steps": 20,
-        "refresh_every": 2,
-        "min_side": 4,
-        "finest_scale": 12,
-        "relation": 5,
-    }
-    return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
+gk = partial(small_loss, NUM_CLASSES)
 
 
 def train_step(student, kd, optimizer, images, targets):

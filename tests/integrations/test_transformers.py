@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from global_kd import Distiller, GlobalKnowledgeLoss
 from global_kd.detector import IMAGENET, Pixels, View
 from global_kd.hooks import evaluating
+from tests.small_loss import small_loss
 
 from ..test_docs import blocks_of
 from .cases import Scene
@@ -138,16 +140,8 @@ def batch_of(name, scenes=SCENES, **options):
     return processed(processor(name, **options), scenes)
 
 
-def gk(**options):
-    defaults = {
-        "total_steps": 20,
-        "refresh_every": 2,
-        "min_side": 4,
-        "finest_scale": 12,
-        "relation": 5,
-        "standardize": False,  # random weights: maps next to zero
-    }
-    return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
+# Random weights: maps next to zero.
+gk = partial(small_loss, NUM_CLASSES, standardize=False)
 
 
 def bright_extent(image, label, pixels):

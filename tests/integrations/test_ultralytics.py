@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from tests.small_loss import small_loss
 
 # Read when Ultralytics is imported: no settings outside of a temporary folder, no network.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
@@ -37,16 +40,8 @@ from .detectors import scenes as torchvision_scenes
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def gk(**options):
-    defaults = {
-        "total_steps": 20,
-        "refresh_every": 2,
-        "min_side": 4,
-        "finest_scale": 12,
-        "relation": 5,
-        "standardize": False,  # random weights: maps next to zero
-    }
-    return GlobalKnowledgeLoss(NUM_CLASSES, **(defaults | options))
+# Random weights: maps next to zero.
+gk = partial(small_loss, NUM_CLASSES, standardize=False)
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
