@@ -45,7 +45,6 @@ TERMS: dict[str, dict[str, float]] = {
     "all": IMITATION | LOGITS | RELATION,
 }
 FEW = ("imitation", "soft labels", "relation", "imitation + soft labels", "all")
-WITHOUT_RELATION = ("imitation", "soft labels", "imitation + soft labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Scale:
     """How long trainings are, and how often they renew their prototypes, in iterations.
 
     `cold` from random weights, `explore` the same in question 2, where the arms are many; `warm`
-    from a student that was trained for `start`.
+    from a student that was trained for `start`. `few` are the terms where all would be too many.
     """
 
     prefix: str = ""
@@ -63,6 +62,7 @@ class Scale:
     warm: int = 300
     refresh_every: int = 25
     lengths: tuple[int, ...] = (500, 1000, 2000, 4000)
+    few: tuple[str, ...] = ("imitation + soft labels",)
 
     def student(self, **how: Any) -> Trial:
         """Trained from random weights."""
@@ -193,15 +193,19 @@ class Scale:
                 "q1-length",
                 "Students trained longer and longer",
                 6,
-                self.growing(cold, ("imitation + soft labels", "relation", "all")),
+                self.growing(cold, self.few),
                 "iterations",
             ),
-            self._table("q1-warm-time", "Equal time, warm start", 7, self.equal_time(warm, FEW)),
+            self._table(
+                "q1-warm-time", "Equal time, warm start", 7, self.equal_time(warm, self.few)
+            ),
             self._table(
                 "q1-time", "Equal time, from random weights", 4, self.equal_time(cold, FEW)
             ),
             *(
-                self._table(f"q1-{share}", f"{share} % of the scenes", 6, self.terms(base, FEW))
+                self._table(
+                    f"q1-{share}", f"{share} % of the scenes", 6, self.terms(base, self.few)
+                )
                 for share, base in few_scenes.items()
             ),
         ]
@@ -301,10 +305,13 @@ class Scale:
             "labels-15": ("15 % wrong labels", 7, {"labels": 0.15}),
             "labels-5": ("5 % wrong labels", 7, {"labels": 0.05}),
         }
-        names = WITHOUT_RELATION if not self.prefix else (*WITHOUT_RELATION, "all")
+        each = tuple(dict.fromkeys(("imitation", "soft labels", *self.few)))  # no name twice
         return [
             self._table(
-                f"q3-{key}", f"{title}, from random weights", rank, self.disturbed(names, **shares)
+                f"q3-{key}",
+                f"{title}, from random weights",
+                rank,
+                self.disturbed(each if key == "labels-30" else self.few, **shares),
             )
             for key, (title, rank, shares) in kinds.items()
         ]
@@ -389,5 +396,5 @@ TEACHERS = {  # by millions of parameters
 
 REDUCED = Scale()
 FULL = Scale("full-", cold=2000, explore=1000, start=4000, warm=2000, refresh_every=100,
-             lengths=(500, 1000, 2000, 4000, 8000))  # fmt: skip
+             lengths=(500, 1000, 2000, 4000, 8000), few=FEW)  # fmt: skip
 GRIDS = {"reduced": REDUCED.tables(), "full": FULL.tables()}

@@ -124,7 +124,7 @@ def test_every_committed_result_is_declared():
     assert found <= declared_now
 
 
-def test_the_paper_is_one_argument_away_in_every_grid():
+def test_both_grids_ask_the_same_questions():
     assert {t.name.removeprefix("full-") for t in GRIDS["full"]} == {
         t.name for t in GRIDS["reduced"]
     }
