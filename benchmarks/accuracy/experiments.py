@@ -153,9 +153,12 @@ class Scale:
             *(dataclasses.replace(a, against=(*a.against, f"clean: {a.name}")) for a in rough),
         )
 
-    def curve(self, points: dict[float, Trial], base: Trial) -> tuple[Arm, ...]:
-        """All terms along one setting, against the same student without distillation."""
-        arms = (Arm(f"{x:g}", trial, ("none",), "all", x) for x, trial in points.items())
+    def curve(self, points: dict[float, Trial], base: Trial, usual: float) -> tuple[Arm, ...]:
+        """All terms along one setting, against no distillation and the usual point."""
+        arms = (
+            Arm(f"{x:g}", t, ("none", f"{usual:g}") if x != usual else ("none",), "all", x)
+            for x, t in points.items()
+        )
         return Arm("none", base, ()), *arms
 
     def settings(self, base: Trial, key: str, values: tuple[Any, ...]) -> dict[float, Trial]:
@@ -329,24 +332,32 @@ class Scale:
             Arm("assigned level", assigned, ("none", "all levels")),
         )
         curves = {
-            "teacher": ("Size of the teacher", 7, "million parameters of the teacher", teachers),
+            "teacher": (
+                "Size of the teacher",
+                7,
+                "million parameters of the teacher",
+                teachers,
+                1.18,
+            ),
             "prototypes": (
                 "Number of prototypes",
                 6,
                 "prototypes of a level and class",
                 self.settings(base, "num_prototypes", (1, 3, 10, 30)),
+                10,
             ),
             "alpha": (
                 "alpha of the pursuit",
                 6,
                 "alpha",
                 self.settings(base, "alpha", (0.1, 1.0, 10.0, 100.0)),
+                10,
             ),
         }
         return [
             *(
-                self._table(f"q4-{key}", title, rank, self.curve(points, base), axis)
-                for key, (title, rank, axis, points) in curves.items()
+                self._table(f"q4-{key}", title, rank, self.curve(points, base, usual), axis)
+                for key, (title, rank, axis, points, usual) in curves.items()
             ),
             self._table("q4-levels", "Levels on which a box is foreground", 6, levels),
         ]

@@ -86,14 +86,18 @@ def effects(table: Table, found: Mapping[str, Runs]) -> Iterator[tuple[str, int,
     Name, number of pairs, and the paired difference of each metric over the seeds that have all
     pairs: a seed counts once, as the mean of its pairs.
     """
-    arms = {_key(arm.trial, arm.trial.method): arm for arm in table.arms}
+    arms = {
+        arm.trial.plain() if (how := arm.trial.method) is None else _alike(arm.trial, how): arm
+        for arm in table.arms
+        if arm.trial.time_of is None  # trained longer
+    }
     for name, without in TERMS.items():
         pairs = [
             (arm, arms[key])
             for arm in table.arms
             if arm.trial.method is not None
             and (other := dataclasses.replace(arm.trial.method, **without)) != arm.trial.method
-            and (key := _key(arm.trial, other)) in arms
+            and (key := _alike(arm.trial, other)) in arms
         ]
         if len(pairs) < 2:
             continue
@@ -110,13 +114,11 @@ def effects(table: Table, found: Mapping[str, Runs]) -> Iterator[tuple[str, int,
             yield name, len(pairs), [gap for gap in gaps if gap is not None]
 
 
-def _key(trial: Trial, method: Method | None) -> tuple[Trial, Method | None]:
-    """A trial with another method; without any weight there is none."""
-    if method is not None and not any(
-        (method.foreground, method.background, method.relation, method.logits)
-    ):
-        method = None
-    return trial.plain(), method
+def _alike(trial: Trial, method: Method) -> Trial:
+    """A trial with another method, for as many iterations; without any weight there is none."""
+    if not any((method.foreground, method.background, method.relation, method.logits)):
+        return trial.plain()
+    return dataclasses.replace(trial.plain(), method=method, teacher=trial.teacher)
 
 
 def averages(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
@@ -204,11 +206,12 @@ def plots(
     """Paired differences of AP with their intervals, and AP over the training."""
     stem = f"evidence_{table.name}_{device}"
     if table.axis:
-        drawn = draw_lines(table, found, images / f"{stem}.png")
+        drawn, what = draw_lines(table, found, images / f"{stem}.png"), f"AP by {table.axis}"
     else:
         drawn = draw_differences(table, found, images / f"{stem}.png")
+        what = "paired differences of AP"
     if drawn:
-        yield images / f"{stem}.png", f"{table.title}: paired differences of AP"
+        yield images / f"{stem}.png", f"{table.title}: {what}"
     if draw_curves(table, found, images / f"{stem}_curves.png"):
         yield images / f"{stem}_curves.png", f"{table.title}: AP over the training"
 
@@ -228,8 +231,8 @@ def _save(figure: Any, file: Path) -> bool:
     from matplotlib import pyplot
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    # Long names and legends stand outside of the axes, whose size they do not change.
+    figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     return True
 
@@ -244,7 +247,7 @@ def draw_differences(table: Table, found: Mapping[str, Runs], file: Path) -> boo
     ]
     if not lines:
         return False
-    figure, plot = _figure(8, 1.2 + 0.32 * len(lines))
+    figure, plot = _figure(6, 1.2 + 0.32 * len(lines))
     for y, (_, arm, other) in enumerate(lines):
         gap = difference(found, arm, other, "AP")
         assert gap is not None
@@ -260,32 +263,38 @@ def draw_differences(table: Table, found: Mapping[str, Runs], file: Path) -> boo
 
 
 def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
-    """Paired differences of AP along the table's axis."""
-    lines: dict[str, list[tuple[float, Difference]]] = {}
+    """AP along the table's axis: each seed a thin line, their mean a thick one.
+
+    Only seeds that a line has at all its points; arms that lie on no line are drawn across.
+    """
+    lines: dict[str, dict[float, dict[int, float]]] = {}
+    across: dict[str, dict[int, float]] = {}
     for arm in table.arms:
-        gap = difference(found, arm, arm.against[0], "AP") if arm.against else None
-        if arm.x is not None and gap is not None:
-            lines.setdefault(arm.line, []).append((arm.x, gap))
-    if not lines:
+        if not (level := percent(found[arm.name], "AP")):
+            continue
+        if arm.x is None:
+            across[arm.name] = level
+        else:
+            lines.setdefault(arm.line, {})[arm.x] = level
+    if not any(len(points) > 1 for points in lines.values()):
         return False
     figure, plot = _figure(7, 4.2)
-    for line, points in lines.items():
-        plot.errorbar(
-            [x for x, _ in points],
-            [gap.mean for _, gap in points],
-            # One pair has no interval; matplotlib takes a NaN for that.
-            yerr=[float("nan") if gap.half is None else gap.half for _, gap in points],
-            fmt="o-",
-            capsize=3,
-            label=line,
-        )
-    plot.axhline(0, color="black", linewidth=0.8)
+    for n, (line, points) in enumerate(lines.items()):
+        x, color = list(points), f"C{n}"
+        if not (seeds := sorted(set.intersection(*map(set, points.values())))):
+            continue
+        for seed in seeds:
+            plot.plot(x, [points[i][seed] for i in x], color=color, alpha=0.3, linewidth=1)
+        means = [mean(points[i][seed] for seed in seeds) for i in x]
+        plot.plot(x, means, "o-", color=color, label=f"{line} (n = {len(seeds)})")
+    for name, level in across.items():
+        plot.axhline(mean(level.values()), color="black", linestyle="--", label=name)
     plot.set_xscale("log")
-    ticks = sorted({x for points in lines.values() for x, _ in points})
+    ticks = sorted({x for points in lines.values() for x in points})
     plot.set_xticks(ticks, [f"{x:g}" for x in ticks])
     plot.minorticks_off()
     plot.set_xlabel(table.axis)
-    plot.set_ylabel("difference of AP in percent, 95 % interval")
+    plot.set_ylabel("AP in percent; thin: seeds")
     plot.legend(fontsize=8)
     return _save(figure, file)
 
@@ -304,7 +313,7 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     seeds = sorted(set.intersection(*map(set, curves.values()))) if curves else []
     if not seeds:
         return False
-    figure, plot = _figure(9.5, 4.2)
+    figure, plot = _figure(7, 4.2)
     for n, (name, runs) in enumerate(curves.items()):
         # Arms of equal time have as many points at other iterations.
         x, y = (

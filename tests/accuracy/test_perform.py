@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.accuracy import report
 from benchmarks.accuracy.__main__ import main, shrunk
-from benchmarks.accuracy.experiments import GRIDS
+from benchmarks.accuracy.experiments import GRIDS, TEACHER
 from benchmarks.accuracy.perform import first_scenes, perform
 from benchmarks.accuracy.store import Store
 from digit_scenes import SceneSettings, make_scenes
@@ -135,6 +135,24 @@ def test_average_effects_by_hand(tmp_path):
     ):
         assert found[name][0] == pairs and found[name][1].n == 2
         assert found[name][1].mean == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["q5-self", "q1-time"])
+def test_average_effects_are_of_one_teacher_and_equal_iterations(tmp_path, name):
+    """AP = 10 - relation, + 5 for the usual teacher, + 9 for a longer training."""
+    table = next(t for t in GRIDS["reduced"] if t.name == name)
+    store = Store(tmp_path, tmp_path)
+    for arm in table.arms:
+        how = arm.trial.method
+        usual = name == "q5-self" and arm.trial.teacher == TEACHER
+        ap = 10 + 5 * usual - (how is not None and how.relation > 0)
+        ap += 9 * (arm.trial.time_of is not None)
+        scores = dict.fromkeys(report.METRICS, ap / 100)
+        store.write(arm.trial, {"identity": "x", "scores": scores})
+    found = report.effects(table, report.collect(table, store, 1))
+    assert [(pairs, gaps[0].mean) for term, pairs, gaps in found if term == "relation"] == [
+        (2, pytest.approx(-1))
+    ]
 
 
 def test_a_share_of_the_scenes_is_the_first_ones():
