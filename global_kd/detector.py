@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .hooks import FeatureTap, feature_maps, find_pyramids, pyramid_maps
+from .hooks import FeatureTap, evaluating, feature_maps, find_pyramids, pyramid_maps
 from .targets import Targets
 
 
@@ -252,7 +252,7 @@ class ModuleDetector:
         argument: str = "path",
     ) -> None:
         self.model, self.pixels = model, pixels
-        self._example = tuple(example_inputs)
+        self._example = tuple(fitting(x, model) for x in example_inputs)
         image = next((x for x in self._example if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is None:
             raise ValueError(
@@ -263,6 +263,8 @@ class ModuleDetector:
         found = find_pyramids(model, *self._example)
         if path is not None:
             found = [x for x in found if x.path == path]
+            if found and found[0].source == "input" and self._puts_out_maps(path):
+                found = []  # what a named module is fed counts only where it puts out no maps
         elif not found:
             raise ValueError(
                 f"{argument}: no module of {type(model).__name__} puts out a feature "
@@ -274,11 +276,18 @@ class ModuleDetector:
         self.inputs: tuple[str, ...] = ("features",) if fed else ()
         self._tap = FeatureTap(model, self.taps, inputs=self.inputs)
 
+    def _puts_out_maps(self, path: str) -> bool:
+        tap = FeatureTap(self.model, {"features": path})
+        with torch.no_grad(), evaluating(self.model):
+            output = tap.run(*self._example)["features"]
+        tap.remove()
+        return bool(feature_maps(output))
+
     def example(self) -> View:
         return self._view
 
     def look(self, view: View) -> Look:
-        arguments = self._example if view is self._view else (view.images,)
+        arguments = self._example if view is self._view else (fitting(view.images, self.model),)
         return self._look(self._tap.run(*arguments), view)
 
     def _look(self, tapped: dict[str, Any], view: View) -> Look:
@@ -324,6 +333,14 @@ def fingerprint(model: nn.Module) -> str:
             flat = x.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def fitting(images: Any, model: nn.Module) -> Any:
+    """A tensor of images in the number type of a model's first parameter; all else as it is."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None or not isinstance(images, Tensor) or not images.is_floating_point():
+        return images
+    return images.to(like.dtype)
 
 
 def as_targets(targets: Any, device: torch.device) -> Targets:

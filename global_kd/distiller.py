@@ -42,7 +42,8 @@ class Distiller(nn.Module):
 
     Args:
         student: The detector in training, bare, in DDP or compiled later.
-        teacher: The trained detector, of the same framework or another.
+        teacher: The trained detector, of the same framework or another. Compile in place what runs
+            of it (``teacher.backbone.compile()``): the wrapper of ``torch.compile`` is taken off.
         loss: What to distil; its levels and channels are found in one dry pass.
         boxes: On which boxes a two-stage student learns: ``"proposals"``, its own sampled
             positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
@@ -133,7 +134,7 @@ class Distiller(nn.Module):
         )
         self.loss = loss.to(where[0])
         self._tap = FeatureTap(student, self._student.taps, inputs=self._student.inputs)
-        self._adapter_versions = {n: p._version for n, p in loss.named_parameters()}
+        self._adapter_versions: dict[str, int] = {}
         self._teacher_rows: TeacherRows | None = None
         self._calls = 0
         self._told_of_gradients = False
@@ -167,6 +168,12 @@ class Distiller(nn.Module):
                 self._sign_bank()
         self._watch_gradients(seen.look.maps)
         terms = self._pass_on(self.loss, seen, looked)
+        if not terms and self._calls == 0:
+            warnings.warn(
+                "Distiller: only soft labels have a weight, and the two heads give no comparable "
+                "class logits, so nothing is distilled; give foreground or background a weight",
+                stacklevel=2,
+            )
         self._watch_adapters()
         return terms
 
@@ -250,9 +257,11 @@ class Distiller(nn.Module):
 
     def _watch_adapters(self) -> None:
         self._calls += self.training
+        parameters = dict(self.loss.named_parameters())
+        if self._calls == 1:
+            self._adapter_versions = {n: p._version for n, p in parameters.items()}
         if self._calls != _STEPS_UNTIL_WARNING:
             return
-        parameters = dict(self.loss.named_parameters())
         if parameters and all(
             p._version == self._adapter_versions.get(n) for n, p in parameters.items()
         ):
@@ -346,10 +355,10 @@ class Distiller(nn.Module):
         if kept is not None and kept.signature != signature:
             kept = None
         generator.reset(None if kept is None else kept.turn)
-        compared = False
+        compared, device = False, self.loss.bank.student.device
         with evaluating(*self._models):
             for batch in _with_progress(loader) if progress else loader:
-                seen = self._student.observe(*_arguments(batch))
+                seen = self._student.observe(*_arguments(batch, device))
                 rows = kept.of(seen.truth, generator) if kept is not None else None
                 if rows is not None and compared:
                     maps = [seen.look.maps[i] for i in self._levels[0]]
@@ -406,10 +415,10 @@ class Distiller(nn.Module):
             >>> kd.adopt(PrototypeBank.load("bank.safetensors"), loader)  # doctest: +SKIP
         """
         self._refuse_stranger(bank)
-        adoption = Adoption(bank, self.loss.bank)
+        adoption, device = Adoption(bank, self.loss.bank), self.loss.bank.student.device
         with evaluating(self._models[0]):
             for batch in _with_progress(loader) if progress else loader:
-                seen = self._student.observe(*_arguments(batch))
+                seen = self._student.observe(*_arguments(batch, device))
                 if not len(seen.truth):
                     continue
                 if seen.truth.ids is None:
@@ -515,12 +524,24 @@ def _strides(look: Look) -> list[float]:
     return list(infer_strides(look.view.size, sizes))
 
 
-def _arguments(batch: Any) -> tuple[Any, Any]:
+def _arguments(batch: Any, device: torch.device) -> tuple[Any, Any]:
     """Images and targets of a loader's batch; ``None`` for the latter where it is all in one."""
+    batch = _moved(batch, device)
     if isinstance(batch, (list, tuple)) and not all(isinstance(x, Mapping) for x in batch):
         images, targets = batch
         return images, targets
     return batch, None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors in containers on a device, as a loader of worker processes does not have them."""
+    if isinstance(value, (Tensor, Targets)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(x, device) for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(x, device) for x in value)
+    return value
 
 
 def _with_progress(loader: Iterable[Any]) -> Iterable[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .detector import Detections, Detector, Look, Seen
@@ -144,6 +145,7 @@ def examine(
 
     with _untouched(*models):
         student.train()
+        _wait_for_no_rank(student)
         teacher.eval()
         with torch.enable_grad():
             detection = own_loss(student, detectors[0])
@@ -188,6 +190,18 @@ def examine(
             "no soft labels (kd_logits): the two heads give no comparable class logits, or "
             "teacher_scale is not 1"
         )
+    if not terms.keys() - {"detection"}:
+        problems.append(
+            "no term comes out, so nothing is distilled: the two heads share no class logits; give "
+            "foreground or background a weight"
+        )
+    small = (truth.boxes[:, 2:] - truth.boxes[:, :2]).amin(dim=1) <= loss.generator.min_side
+    if loss.rdm.uses_prototypes and len(truth) >= _ENOUGH and bool(small.all()):
+        problems.append(
+            f"none of the batch's {len(truth)} boxes is larger than min_side="
+            f"{loss.generator.min_side:g} pixels of the network input both ways, so none of them "
+            "can become a prototype; pass a smaller min_side"
+        )
     if not loss.bank.valid.any():
         facts.append(
             "no prototypes yet: the terms above use some made of this batch's boxes; in training "
@@ -224,6 +238,16 @@ def _train_all_but_statistics(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            module.eval()
+
+
+def _wait_for_no_rank(model: nn.Module) -> None:
+    """Synchronised batch norm, of any framework, uses its running means: one rank looks alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    own = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in own:
             module.eval()
 
 
@@ -275,8 +299,10 @@ def _levels(
 
 
 def _path(detector: Detector, level: int) -> str:
-    """All maps are tapped at one module, or each at its own."""
-    return detector.taps.get("features") or detector.taps[f"level {level}"]
+    """All maps are tapped at one module, or each at its own; the maps that go into it are told."""
+    name = "features" if "features" in detector.taps else f"level {level}"
+    path = detector.taps[name]
+    return f"into {path}" if name in detector.inputs else path
 
 
 def _terms_problems(terms: dict[str, Term], values: dict[str, Tensor]) -> Iterable[str]:

@@ -684,13 +684,23 @@ def _levels_of(
 def infer_stride(input_size: Sequence[int], map_size: Sequence[int]) -> float:
     """Pixels of the network input per cell.
 
-    The exact ratio where the map divides the input, the nearest power of two where rounding or
-    padding inside the network made it uneven.
+    The exact ratio where the map divides the input; else the nearest power of two, if rounding (by
+    less than two cells) or padding inside the network (to a multiple of 32, 64 or 128 pixels) made
+    it uneven; else the whole number that patches without padding have: 14 for 18 cells of 256
+    pixels.
     """
-    ratios = [i / m for i, m in zip(input_size, map_size, strict=True)]
+    sides = list(zip(input_size, map_size, strict=True))
+    ratios = [i / m for i, m in sides]
     if ratios[0] == ratios[1] and ratios[0].is_integer():
         return ratios[0]
-    return float(2 ** round(torch.tensor(max(ratios)).log2().item()))
+    stride = 2 ** round(math.log2(max(ratios)))
+    rounded = all(abs(i / stride - m) < 2 for i, m in sides)
+    padded = any(all(-(-i // k) * k == m * stride for i, m in sides) for k in (32, 64, 128))
+    if not rounded and not padded:
+        patches = [s for s in range(1, math.ceil(min(ratios)) + 1)
+                   if all(i // s == m for i, m in sides)]  # fmt: skip
+        return float(patches[-1] if patches else stride)
+    return float(stride)
 
 
 class evaluating:  # noqa: N801 - reads like a statement

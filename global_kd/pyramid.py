@@ -97,7 +97,7 @@ def build_adapters(
         return nn.ModuleList(nn.Identity() for _ in pairs)
     size = 3 if kind == "conv3x3" else 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs, too
         return nn.ModuleList(nn.Conv2d(cs, ct, size, padding=size // 2) for cs, ct in pairs)
 
 

@@ -10,8 +10,8 @@ _DECAYS = ("constant", "linear", "cosine")
 class Schedule:
     """Factor in [0, 1] as a function of training progress in [0, 1].
 
-    The factor is 0 before ``start``, rises linearly to 1 over ``warmup``, decays until ``stop``
-    and is 0 (1 for ``"constant"`` with ``stop=1``) from there on.
+    The factor is 0 before ``start``, rises linearly to 1 over ``warmup``, decays from there until
+    ``stop`` and is 0 (1 for ``"constant"`` with ``stop=1``) after that.
 
     Args:
         decay: ``"constant"``, ``"linear"`` (1 to 0; the paper's) or ``"cosine"`` (1 to 0).
@@ -46,20 +46,25 @@ class Schedule:
             raise ValueError(
                 f"warmup: expected between 0 and stop - start, but got {self.warmup!r}"
             )
+        if self.decay != "constant" and self.warmup == self.stop - self.start:
+            raise ValueError(
+                f"warmup: expected less than stop - start, so that a {self.decay} decay has room "
+                f"after it, but got {self.warmup!r}"
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1, but got {self.steps!r}")
 
     def __call__(self, progress: float) -> float:
         if progress < self.start or (progress > self.stop and self.stop < 1):
             return 0.0
-        done = min(1.0, (progress - self.start) / (self.stop - self.start))
-        rise = (progress - self.start) / self.warmup if self.warmup else 1.0
+        since = progress - self.start
+        if since < self.warmup:
+            return since / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (since - self.warmup) / (self.stop - self.start - self.warmup))
         if self.steps is not None:
             done = math.floor(done * self.steps + 1e-9) / self.steps
         if self.decay == "linear":
-            factor = 1 - done
-        elif self.decay == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * done))
-        else:
-            factor = 1.0
-        return min(rise, 1.0) * factor
+            return 1 - done
+        return 0.5 * (1 + math.cos(math.pi * done))

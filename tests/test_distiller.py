@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+from global_kd.distiller import _arguments
 
 
 class Detector(nn.Module):
@@ -131,3 +132,94 @@ def test_what_does_not_fit_is_named():
     student(IMAGES)
     with pytest.raises(ValueError, match=r"targets\[0\]: expected the keys 'boxes' and 'labels'"):
         kd(IMAGES, [{"bbox": BOXES[0]["boxes"]}, BOXES[1]])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_adapters_outside_of_the_optimizer_are_told_once(resumed):
+    """Loading a checkpoint is no update."""
+    student, _, kd = make()
+    if resumed:
+        kd.load_state_dict(make()[2].state_dict())
+    kd.loss.refresh_every = None
+    with pytest.warns(UserWarning, match="adapters were not updated in") as told:
+        for _ in range(74):
+            student(IMAGES)
+            kd(IMAGES, BOXES)
+    assert len(told) == 1
+
+
+def test_adapters_in_the_optimizer_are_not_complained_about(recwarn):
+    student, _, kd = make()
+    optimizer = torch.optim.SGD(kd.parameters(), lr=1e-3)
+    for _ in range(74):
+        student(IMAGES)
+        optimizer.zero_grad()
+        sum(kd(IMAGES, BOXES).values()).backward()
+        optimizer.step()
+    assert not [x for x in recwarn if "not updated" in str(x.message)]
+
+
+def test_soft_labels_alone_need_heads_that_share_them():
+    student, teacher = Detector(4), Detector(9)
+    loss = GlobalKnowledgeLoss(2, foreground=0, background=0, logits=5)
+    kd = Distiller(student, teacher, loss, example_inputs=(IMAGES,))
+    student(IMAGES)
+    with pytest.warns(UserWarning, match="nothing is distilled"):
+        assert kd(IMAGES, BOXES) == {}
+    assert any("nothing is distilled" in x for x in kd.check(IMAGES, BOXES, verbose=False).problems)
+
+
+def test_a_teacher_in_half_precision():
+    student, teacher = Detector(4), Detector(9).bfloat16()
+    loss = GlobalKnowledgeLoss(2, total_steps=10)
+    kd = Distiller(student, teacher, loss, example_inputs=(IMAGES,))
+    student(IMAGES)
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in kd(IMAGES, BOXES).values())
+
+
+class Fed(nn.Module):
+    """A neck that is fed a pyramid by two stages and puts out one map."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, width, 8, 8), nn.Conv2d(width, width, 2, 2)])
+        self.neck = Neck(width)
+
+    def forward(self, images):
+        fine = self.stages[0](images)
+        return self.neck([fine, self.stages[1](fine)])
+
+
+class Neck(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mix = nn.Conv2d(width, width + 1, 1)
+
+    def forward(self, levels):
+        return self.mix(levels[0])
+
+
+class Head(Neck):
+    def forward(self, levels):
+        return super().forward(levels).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("kind", "widths", "path"), [(Neck, [5], "neck"), (Head, [4, 4], "into")])
+def test_a_named_module_is_read_at_its_output_if_that_is_maps(kind, widths, path):
+    models = [Fed(4), Fed(9)]
+    for model, width in zip(models, (4, 9), strict=True):
+        model.neck = kind(width)
+    paths = {"student_path": "neck", "teacher_path": "neck"}
+    loss = GlobalKnowledgeLoss(2, total_steps=10)
+    kd = Distiller(*models, loss, example_inputs=(IMAGES,), **paths)
+    report = kd.check(IMAGES, BOXES, verbose=False)
+    assert [x.student[1] for x in report.levels] == widths
+    assert report.levels[0].student_path.split()[0] == path
+
+
+def test_batches_of_a_loader_go_to_the_models_device():
+    batch = ([torch.rand(3, 4, 4)], [{"boxes": torch.rand(1, 4), "name": "a"}])
+    (image,), (target,) = _arguments(batch, torch.device("meta"))
+    assert image.device.type == target["boxes"].device.type == "meta" and target["name"] == "a"
+    packed = Targets.from_list(BOXES)
+    assert _arguments((IMAGES, packed), torch.device("meta"))[1].labels.device.type == "meta"

@@ -273,3 +273,21 @@ def test_a_hundred_detections_find_every_box():
         [Detections(everywhere, torch.linspace(1, 0.5, n), torch.ones(n, dtype=torch.int64))] * 2
     )
     assert "read as" not in " ".join(problems(kd, Targets(BOXES / 2, LABELS, IMAGE)))
+
+
+def test_boxes_too_small_for_prototypes():
+    _, _, kd = home_made(min_side=70)
+    (found,) = [x for x in problems(kd) if "min_side" in x]
+    assert found.startswith("none of the batch's 4 boxes is larger than min_side=70 pixels")
+    assert not any("min_side" in x for x in problems(home_made(min_side=40)[2]))
+
+
+def test_one_of_several_ranks_looks_alone(monkeypatch):
+    """Synchronised batch norm would wait for the others; on a processor it refuses to run."""
+    student, teacher = Detector(4), Detector(9)
+    student.body.norm = nn.SyncBatchNorm(4)
+    kd = Distiller(student, teacher, gk(), example_inputs=(IMAGES,))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert "kd_foreground" in kd.check(IMAGES, TARGETS, verbose=False).terms
+    assert student.body.norm.training

@@ -27,7 +27,15 @@ def test_levels_pair_by_stride_not_by_index():
 
 @pytest.mark.parametrize(
     ("size", "cells", "stride"),
-    [((96, 96), (24, 24), 4), ((224, 224), (16, 16), 14), ((100, 75), (13, 10), 8)],
+    [
+        ((96, 96), (24, 24), 4),
+        ((224, 224), (16, 16), 14),
+        ((100, 75), (13, 10), 8),
+        ((100, 100), (11, 11), 8),  # convolutions without padding
+        ((100, 150), (16, 20), 8),  # padded to a multiple of 32 inside
+        ((256, 256), (18, 18), 14),  # patches; the rest is cut off
+        ((640, 480), (45, 34), 14),
+    ],
 )
 def test_stride_of_a_map(size, cells, stride):
     assert infer_stride(size, cells) == stride
@@ -41,6 +49,12 @@ def test_stride_of_a_map(size, cells, stride):
 def test_assignment_is_the_released_rule(side, level):
     box = torch.tensor([[10.0, 10.0, 10.0 + side, 10.0 + side]])
     assert assign_levels(box, [4, 8, 16, 32, 64]).item() == level
+
+
+def test_assignment_of_boxes_in_half_precision():
+    """An area of 260 x 260 px overflows."""
+    box = torch.tensor([[0.0, 0.0, 260.0, 260.0]])
+    assert assign_levels(box.half(), [4, 8, 16, 32, 64]) == assign_levels(box, [4, 8, 16, 32, 64])
 
 
 def test_assignment_on_a_pyramid_with_a_gap_goes_by_stride():
@@ -59,11 +73,13 @@ def test_assignment_follows_the_first_stride_or_the_given_scale():
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("conv3x3", 9), ("conv1x1", 1)])
-def test_adapters_are_linear_and_seeded_and_leave_the_random_state(kind, parameters):
+def test_adapters_are_linear_and_seeded_and_leave_the_random_state(kind, parameters, monkeypatch):
     torch.manual_seed(1)
     random = torch.get_rng_state()
+    gpus = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", gpus.append)
     one = build_adapters(kind, [3, 4], [5, 6])
-    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(random, torch.get_rng_state()) and not gpus
     torch.manual_seed(2)  # the global state is not read either
     two, other = (build_adapters(kind, [3, 4], [5, 6], seed) for seed in (0, 1))
     assert not torch.equal(one[1].weight, other[1].weight)

@@ -16,6 +16,9 @@ from global_kd import Schedule
         (Schedule("linear", stop=0.5), (1, 0.5, 0, 0)),
         (Schedule("linear", start=0.5), (0, 0, 1, 0)),  # a start epoch
         (Schedule("constant", warmup=0.5), (0, 0.5, 1, 1)),
+        (Schedule("linear", warmup=0.25), (0, 1, 2 / 3, 0)),  # up to 1, and down from there
+        (Schedule("cosine", start=0.25, warmup=0.25), (0, 0, 1, 0)),
+        (Schedule("linear", warmup=0.25, steps=3), (0, 1, 2 / 3, 0)),
     ],
 )
 def test_closed_forms(schedule, expected):
@@ -37,6 +40,7 @@ def test_steps_are_the_released_epochs():
         ({"decay": "exponential"}, "decay: expected one of"),
         ({"start": 0.6, "stop": 0.5}, "start, stop: expected"),
         ({"warmup": 2.0}, "warmup: expected"),
+        ({"warmup": 1.0}, "warmup: expected less than"),
         ({"steps": 0}, "steps: expected"),
     ],
 )

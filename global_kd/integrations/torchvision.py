@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..detector import Detections, Look, Pixels, Positives, Seen, View
+from ..detector import Detections, Look, Pixels, Positives, Seen, View, fitting
 from ..hooks import evaluating, feature_maps
 from ..targets import Targets
 
@@ -73,7 +73,7 @@ class TorchvisionDetector:
         return View(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
 
     def look(self, view: View) -> Look:
-        features = self.model.backbone(view.images)
+        features = self.model.backbone(fitting(view.images, self.model))
         return Look(feature_maps(features), view, features)
 
     def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:

@@ -112,6 +112,13 @@ class GlobalKnowledgeLoss(nn.Module):
         _check.one_of("adapter", adapter, ADAPTERS)
         if isinstance(schedule, Schedule):
             schedule = dict.fromkeys(TERMS, schedule)
+        if not isinstance(schedule, Mapping | None) or not all(
+            isinstance(x, Schedule) for x in (schedule or {}).values()
+        ):
+            raise TypeError(
+                "schedule: expected a Schedule, or one for each term in a dictionary, but got "
+                f"{schedule!r}"
+            )
         for term in schedule or {}:
             _check.one_of("schedule", term, TERMS)
         defaults = dict.fromkeys(TERMS, Schedule("linear")) | {"kd_logits": Schedule("constant")}
@@ -202,12 +209,18 @@ class GlobalKnowledgeLoss(nn.Module):
     def active(self) -> bool:
         """Whether any term has a weight."""
         self._require_built()
-        return self.rdm.imitates or self.rdm.relation > 0 or self.rdm.logits > 0
+        return bool(self._weighted())
 
     @property
     def progress(self) -> float:
         """Fraction of ``total_steps`` done, in [0, 1]."""
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+    def _weighted(self) -> list[str]:
+        """Terms with a weight."""
+        rdm = self.rdm
+        weights = (rdm.foreground, rdm.background, rdm.relation, rdm.logits)
+        return [name for name, weight in zip(TERMS, weights, strict=True) if weight > 0]
 
     def _require_built(self) -> None:
         if not self.built:
@@ -308,7 +321,14 @@ class GlobalKnowledgeLoss(nn.Module):
     def _before_step(self) -> None:
         self._join_ranks()
         if self.step == 0 and self.total_steps is None:
-            decaying = [n for n, s in self.schedules.items() if s != Schedule("constant")]
+            moving = {n: s for n, s in self.schedules.items() if n in self._weighted()}
+            late = [n for n, s in moving.items() if s.start or s.warmup]
+            if late:
+                raise ValueError(
+                    f"total_steps: expected the number of training calls, since the schedule of "
+                    f"{', '.join(late)} begins at 0 and would stay there, but got None"
+                )
+            decaying = [n for n, s in moving.items() if s != Schedule("constant")]
             if decaying:
                 warnings.warn(
                     f"GlobalKnowledgeLoss: total_steps is not given, so the weights of "
@@ -355,6 +375,14 @@ class GlobalKnowledgeLoss(nn.Module):
         bank = self.generator.generate_if_any()
         if bank is not None:
             self.bank.update(bank)
+            if not self.bank.valid.any():
+                warnings.warn(
+                    "GlobalKnowledgeLoss: no prototypes, so omega stays 1 and kd_relation 0: of "
+                    "the instances seen so far none is larger than "
+                    f"min_side={self.generator.min_side:g} pixels both ways; pass a smaller "
+                    "min_side",
+                    stacklevel=2,
+                )
         self.generator.reset()
 
     @torch.no_grad()

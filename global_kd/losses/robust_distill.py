@@ -15,7 +15,7 @@ from ..prototypes.bank import PrototypeBank
 from ..pyramid import check_pyramids
 from ..robust import robust_weights
 from ..targets import Targets
-from .imitation import NORMALIZERS
+from .imitation import NORMALIZERS, scale_of
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -291,9 +291,7 @@ class RobustDistillLoss(nn.Module):
                 )
             )
             if self.standardize:
-                variance = t.to(both.dtype).var(correction=0)
-                # A constant teacher map has nothing to scale by.
-                both = both / torch.where(variance > 0, variance, 1)
+                both = both / scale_of(t.to(both.dtype))
             sums.append(both)
         foreground, background = torch.stack(sums).mean(dim=0).unbind()
         return foreground, background

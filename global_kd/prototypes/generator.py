@@ -143,7 +143,12 @@ class PrototypeGenerator(nn.Module):
         self._calls += 1
         if len(targets) == 0:
             return
-        mine, theirs = (x.detach().float().transpose(0, 1) for x in (student, teacher))
+        # Rows of a checkpoint lie where it was loaded to.
+        self._parts = [_Rows(*(x.to(student.device) for x in rows)) for rows in self._parts]
+        # Copies: a view would keep the rows of every proposal that was pooled beside these alive.
+        mine, theirs = (
+            x.detach().transpose(0, 1).to(torch.float32, copy=True) for x in (student, teacher)
+        )
         ids, identity = targets.ids, None
         if ids is None:
             seen = torch.cat([targets.boxes.float(), theirs.flatten(1)], dim=1)

@@ -275,3 +275,33 @@ def test_what_does_not_fit_is_named():
         GlobalKnowledgeLoss(3).telemetry()
     with pytest.raises(ValueError, match="made for other levels, classes or channels"):
         make().load_state_dict(make(num_prototypes=5).state_dict())
+
+
+@pytest.mark.parametrize("schedule", [Schedule("constant", warmup=0.1), Schedule(start=0.5)])
+def test_a_schedule_that_begins_at_zero_needs_total_steps(schedule):
+    loss = make(total_steps=None, schedule={"kd_relation": schedule})
+    with pytest.raises(ValueError, match="total_steps: .* of kd_relation begins at 0"):
+        loss(*batch(0))
+
+
+def test_terms_without_a_weight_have_no_say_about_total_steps():
+    weights = {"foreground": 0, "background": 0, "relation": 0, "logits": 1}
+    logits = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(total_steps=None, schedule={"kd_relation": Schedule(start=0.5)}, **weights)(
+            *batch(0), **logits
+        )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", {"kd_logits": "linear"}])
+def test_a_schedule_is_no_word(schedule):
+    with pytest.raises(TypeError, match="schedule: expected a Schedule"):
+        make(schedule=schedule)
+
+
+def test_a_refresh_that_finds_only_small_instances_says_so():
+    loss = make(min_side=40)
+    with pytest.warns(UserWarning, match="none is larger than min_side=40 pixels"):
+        for step in range(4):
+            loss(*batch(step))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import global_kd.functional as F
+from global_kd.losses.imitation import scale_of
 from global_kd.ops.dispatch import force
 from tests import oracles
 from tests.strategies import Scene, random, scene, scenes
@@ -362,3 +363,22 @@ def test_compiles_with_boxes_marked_dynamic():
         arguments = (s.student, s.teacher, s.boxes, s.image_index, s.stride, s.weights)
         torch.testing.assert_close(compiled(*arguments), F.imitation_loss(*arguments))
     assert graphs.count == 1
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("shape", [(2, 3, 40, 56), (1, 1, 1, 7), (2, 5, 9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_of_a_map_is_its_variance(shape, offset, dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=dtype) + offset
+    expected = x.double().var(correction=0)
+    torch.testing.assert_close(scale_of(x).double(), expected, rtol=2e-4, atol=0)
+    shuffled = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(scale_of(shuffled).double(), expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -123.4])
+@pytest.mark.parametrize("shape", [(1, 2, 5, 7), (2, 16, 200, 336)])
+def test_a_constant_map_has_scale_one(value, shape):
+    """Though its mean is rounded."""
+    assert scale_of(torch.full(shape, value)) == 1

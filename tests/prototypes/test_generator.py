@@ -282,3 +282,25 @@ def test_one_box_with_two_labels_is_an_instance_of_either_class():
         twice = targets_for(torch.tensor([1, 3]), ids=ids)
         generator.add(student[:, [0, 0]], teacher[:, [0, 0]], twice)
         assert generator.counts().tolist() == [0, 1, 0, 1]
+
+
+def test_rows_of_a_checkpoint_follow_the_next_batch_to_its_device():
+    """Loaded with map_location="cpu" and gone on with elsewhere; "meta" stands for elsewhere."""
+    before = PrototypeGenerator(CLASSES)
+    before.add(*rows(6))
+    after = PrototypeGenerator(CLASSES)
+    after.load_state_dict(before.state_dict())
+    student, teacher, targets = rows(6, seed=1)
+    after.add(student.to("meta"), teacher.to("meta"), targets.to("meta"))
+    assert {x.device.type for part in after._parts for x in part} == {"meta"}
+
+
+@pytest.mark.parametrize("levels", [1, LEVELS])
+def test_waiting_rows_keep_nothing_else_alive(levels):
+    """Rows that are a part of a larger table, as ground truth lies behind proposals."""
+    student, teacher, targets = rows(50)
+    last = take(student[:levels], teacher[:levels], targets, slice(48, 50))
+    generator = PrototypeGenerator(CLASSES)
+    generator.add(*last)
+    for row, channels in zip(generator._parts[0], (CS, CT), strict=False):
+        assert row.untyped_storage().nbytes() == 2 * levels * channels * 4
