@@ -43,7 +43,7 @@ import storage
 from coco_eval import METRICS
 from detection_data import COCO_AREAS
 from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, make_scenes
-from distillation import Knowledge
+from distillation import STUDIED, Knowledge
 from report import ROWS, table
 
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -303,7 +303,7 @@ def distil_digits(args: argparse.Namespace) -> dict[str, Any]:
 
     teacher, row = train(config("teacher", "teacher"), "teacher", resume=args.resume)
     rows = {"teacher": row}
-    terms = Knowledge(refresh_every=2) if args.quick else Knowledge()
+    terms = dataclasses.replace(STUDIED, refresh_every=2) if args.quick else STUDIED
 
     def distil(student: nn.Module) -> global_kd.Distiller:
         cfg = config("student", "student_gk")
@@ -353,7 +353,7 @@ def distil_configs(args: argparse.Namespace) -> dict[str, Any]:
     teacher = build_model(teacher_cfg)
     DetectionCheckpointer(teacher).load(weights)
     # Objects as large as COCO's: the paper's sizes.
-    terms = Knowledge(levels="assigned", finest_scale=None, min_side=30.0, refresh_every=1000)
+    terms = Knowledge(finest_scale=None, min_side=30.0, refresh_every=1000)
 
     def distil(student: nn.Module) -> global_kd.Distiller:
         steps = cfg.SOLVER.MAX_ITER

@@ -8,6 +8,7 @@ any two instances are, and how the gradient of each term lies to that of the det
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,13 @@ from detection_data import DetectionData, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
 from digits_study import environment
-from distillation import Experiment, Knowledge
+from distillation import STUDIED, Experiment
 from global_kd import Distiller, Targets
 from global_kd.instances import pool_levels
 from training import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "digits_diagnosis.json"
-EVERYTHING = Knowledge(foreground=1, background=1, relation=1, logits=1)
+EVERYTHING = dataclasses.replace(STUDIED, foreground=1, background=1, relation=1, logits=1)
 BATCH = 25
 
 

@@ -22,7 +22,7 @@ from detection_data import Batch, epoch_batches, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
 from digits_study import environment
-from distillation import Knowledge
+from distillation import STUDIED
 from global_kd import PrototypeBank, PrototypeGenerator, Targets
 from global_kd.functional import robust_weights
 from global_kd.instances import pool_levels
@@ -99,7 +99,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     teacher = build_detector("small-teacher", data.num_classes, weights=str(SHIPPED_TEACHER))
     torch.manual_seed(args.seed)
     student = build_detector("small-student", data.num_classes)
-    knowledge, recipe = Knowledge(), Recipe(max(args.at), seed=args.seed)
+    knowledge, recipe = STUDIED, Recipe(max(args.at), seed=args.seed)
     kd = knowledge.distiller(student, teacher, data.num_classes, recipe.iterations, args.seed)
     trainer, strides = Trainer(student, recipe, kd), kd.loss.rdm.strides
 

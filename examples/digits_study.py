@@ -29,10 +29,10 @@ from coco_eval import METRICS, evaluate
 from detection_data import load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
-from distillation import Experiment, Knowledge
+from distillation import STUDIED, Experiment, Knowledge
 from training import Recipe
 
-FULL = Knowledge()
+FULL = STUDIED
 NOTHING = dataclasses.replace(FULL, foreground=0, background=0, relation=0, logits=0)
 
 # One arm a line: what it transfers. Add a line to ask another question.

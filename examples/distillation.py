@@ -20,7 +20,7 @@ Log = Callable[[str, float, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Knowledge:
-    """Settings of the distillation; defaults for objects of 12 to 56 px and strides 4, 8, 16.
+    """Settings of the distillation: the library's weights, sizes for digits of 12 to 56 px.
 
     The first four are the terms' weights, 0 leaves a term out. `robust` weights each instance by
     omega. `boxes` are those on which knowledge is transferred. `finest_scale`: boxes up to twice
@@ -32,13 +32,13 @@ class Knowledge:
 
     foreground: float = 2.0
     background: float = 1.0
-    relation: float = 5.0
+    relation: float = 0.0
     logits: float = 5.0
     robust: bool = True
     own_class: bool = False
     center: bool = False
     boxes: str = "proposals"
-    levels: str = "all"
+    levels: str = "assigned"
     finest_scale: float | None = 16.0
     min_side: float = 10.0
     num_prototypes: int = 10
@@ -73,6 +73,10 @@ class Knowledge:
             "refresh_every": None if self.prototype_images else self.refresh_every,
             "standardize": True,
         }
+
+
+# With relations, and foreground on all levels: what the committed studies were made with.
+STUDIED = Knowledge(relation=5.0, levels="all")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from detection_data import DetectionData, box_id, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
 from digits_study import as_json, environment
-from distillation import Knowledge
+from distillation import STUDIED
 from global_kd import Distiller
 from global_kd.instances import assign_levels
 from label_plots import draw_label_errors, draw_omega
@@ -38,7 +38,7 @@ from training import Interrupted, Recipe, Scores, Trainer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "label_errors.json"
-KNOWLEDGE = Knowledge(prototype_images=300)
+KNOWLEDGE = dataclasses.replace(STUDIED, prototype_images=300)
 SHARE = 0.05  # of wrong labels, of wrong boxes, and of the instances a person would look at
 BATCH = 25
 EVERY = 50  # iterations between two looks at omega, and between two sets of prototypes

@@ -130,7 +130,7 @@ def knowledge(args: argparse.Namespace) -> Knowledge:
     )
     if args.data == "digits":
         return terms
-    return dataclasses.replace(terms, levels="assigned", finest_scale=None, min_side=30.0)
+    return dataclasses.replace(terms, finest_scale=None, min_side=30.0)
 
 
 def prepare_process(args: argparse.Namespace) -> None:

@@ -54,8 +54,13 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Method(Knowledge):
-    """What is transferred: the example's settings, and more of the library's and of `Variant`."""
+    """What is transferred: the example's settings, and more of the library's and of `Variant`.
 
+    With relations and on all levels where nothing else is said: results depend on it.
+    """
+
+    relation: float = 5.0
+    levels: str = "all"
     alpha: float = 10.0
     standardize: bool = later(True)
     form: str = later("cosine")

@@ -335,6 +335,15 @@ class GlobalKnowledgeLoss(nn.Module):
                     f"{', '.join(decaying)} stay constant; pass total_steps=epochs * len(loader)",
                     stacklevel=3,
                 )
+        if self.step == self.total_steps:
+            over = [n for n in self._weighted() if self.schedules[n](1.0) == 0]
+            if over:
+                warnings.warn(
+                    f"GlobalKnowledgeLoss: training goes on after total_steps={self.total_steps} "
+                    f"calls, where the weights of {', '.join(over)} are 0; count the calls of the "
+                    "whole run: epochs * len(loader)",
+                    stacklevel=3,
+                )
         if self.refresh_every and self.step and self.step % self.refresh_every == 0:
             self.refresh()
 

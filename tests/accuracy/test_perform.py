@@ -2,16 +2,25 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.accuracy import report
-from benchmarks.accuracy.__main__ import main, shrunk
-from benchmarks.accuracy.experiments import GRIDS, TEACHER
-from benchmarks.accuracy.perform import first_scenes, perform
+from benchmarks.accuracy.__main__ import main, quick, shrunk
+from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
+from benchmarks.accuracy.perform import (
+    build,
+    first_scenes,
+    load_data,
+    perform,
+    separation,
+    trained,
+)
 from benchmarks.accuracy.store import Store
 from digit_scenes import SceneSettings, make_scenes
+from disturbances import KINDS, Disturbance
 
 TABLE = next(shrunk(t) for t in GRIDS["reduced"] if t.name == "q1-time")
 PAGE = f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n"
@@ -167,3 +176,52 @@ def test_a_share_of_the_scenes_is_the_first_ones():
 def test_results_are_plain_json(store):
     for file in store.results.glob("*.json"):
         assert json.loads(file.read_text())["identity"] == file.stem
+
+
+TINY = quick(STUDENT)
+
+
+def test_a_warm_start_goes_on_from_the_weights_of_its_start(store, tmp_path):
+    first = dataclasses.replace(TINY, iterations=1)
+    then = dataclasses.replace(TINY, iterations=1, lr=1e-12, start=first)
+    mine = Store(tmp_path, store.cache)
+    perform(first, mine)
+    perform(then, mine)
+    before, after = (dict(trained(x, mine).named_parameters()) for x in (first, then))
+    start = dict(build(then).named_parameters())
+    for name, x in after.items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=1e-9)
+    assert any(not torch.equal(x, start[name]) for name, x in after.items())
+
+
+def test_training_scenes_are_disturbed_and_validation_scenes_are_not(store):
+    wrong = dataclasses.replace(TINY.data, disturbance=Disturbance(labels=0.5))
+    clean, _ = load_data(TINY, store)
+    data, disturbed = load_data(dataclasses.replace(TINY, data=wrong), store)
+    labels = [torch.cat([t["labels"] for _, t in x.train]) for x in (clean, data)]
+    assert torch.equal(labels[0] != labels[1], disturbed[:, KINDS.index("labels")])
+    assert disturbed.sum() == round(0.5 * len(labels[0]))
+    for one, two in zip(clean.validation, data.validation, strict=True):
+        assert torch.equal(one[1]["labels"], two[1]["labels"])
+
+
+def test_a_low_omega_on_the_disturbed_instances_separates_them(store):
+    """Omega 0 on them and 1 elsewhere: 1; the other way round: 0."""
+    wrong = dataclasses.replace(TINY.data, disturbance=Disturbance(blur=0.5))
+    data, disturbed = load_data(dataclasses.replace(TINY, data=wrong), store)
+    met = disturbed.any(dim=1)
+
+    class Weighed:
+        loss = SimpleNamespace(rdm=SimpleNamespace(strides=(4, 8, 16), finest_scale=16))
+
+        def __init__(self, low):
+            self.low, self.seen = low.float(), 0
+
+        def weigh(self, images, targets):
+            boxes = torch.cat([t["boxes"] for t in targets])
+            low = self.low[self.seen : self.seen + len(boxes)]
+            self.seen += len(boxes)
+            return SimpleNamespace(boxes=boxes), (1 - low).expand(3, -1)
+
+    assert separation(Weighed(met), data, disturbed, "cpu") == {"blur": 1}
+    assert separation(Weighed(~met), data, disturbed, "cpu") == {"blur": 0}

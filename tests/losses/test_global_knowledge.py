@@ -277,6 +277,20 @@ def test_what_does_not_fit_is_named():
         make().load_state_dict(make(num_prototypes=5).state_dict())
 
 
+def test_training_beyond_total_steps_is_told_once():
+    loss = make(total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(*batch(0)), loss(*batch(1))
+        with pytest.raises(UserWarning, match="after total_steps=2 .* kd_foreground, kd_back.* 0"):
+            loss(*batch(2))
+        make(total_steps=1, schedule=Schedule("constant"))(*batch(0))
+    with pytest.warns(UserWarning) as told:
+        for step in range(3):
+            loss(*batch(step))
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("schedule", [Schedule("constant", warmup=0.1), Schedule(start=0.5)])
 def test_a_schedule_that_begins_at_zero_needs_total_steps(schedule):
     loss = make(total_steps=None, schedule={"kd_relation": schedule})
