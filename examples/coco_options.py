@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from global_kd import PAPER
+from global_kd import PAPER, RobustDistillLoss
 
 # Epochs, and those after which the learning rate is divided by 10.
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "quick": (2, (1,))}
 RATES = {"fasterrcnn": 0.02, "retinanet": 0.01}  # for 16 images
-TERMS = {name: PAPER[name] for name in ("foreground", "background", "relation", "logits")}
+TERMS = ("foreground", "background", "relation", "logits")
+_DEFAULTS = inspect.signature(RobustDistillLoss).parameters
+WEIGHTS = {"paper": dict(PAPER), "library": {name: _DEFAULTS[name].default for name in PAPER}}
 
 # A run may be continued with other values of these.
 FREE = ("resume", "data", "output", "log_dir", "workers", "evaluate_every")
@@ -33,8 +36,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="weights of the teacher, a model.pt")
     parser.add_argument("--teacher-depth", type=int, choices=depths, default=101)
     parser.add_argument("--no-distill", action="store_true", help="train without a teacher")
-    for name, weight in TERMS.items():
-        parser.add_argument(f"--{name}", type=float, default=weight, help=f"weight, {weight:g}")
+    parser.add_argument("--weights", choices=tuple(WEIGHTS), default="paper", help="of the terms")
+    for name in TERMS:
+        weights = " or ".join(f"{settings[name]:g}" for settings in WEIGHTS.values())
+        parser.add_argument(f"--{name}", type=float, help=f"weight instead of {weights}")
     parser.add_argument("--adapter", choices=("conv3x3", "conv1x1", "identity"), default="conv3x3")
     parser.add_argument(
         "--prototypes",
@@ -63,6 +68,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "evaluate_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")
+    for name in TERMS:
+        if getattr(args, name) is None:
+            setattr(args, name, WEIGHTS[args.weights][name])
     if args.quick:
         args.schedule, args.workers = "quick", 0
     return args

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import storage
 from coco_eval import METRICS, detect, score
-from coco_options import FREE, RATES, SCHEDULES, TERMS, parse
+from coco_options import FREE, RATES, SCHEDULES, TERMS, WEIGHTS, parse
 from detection_data import (
     Batch,
     CocoSplit,
@@ -54,7 +54,7 @@ from detection_data import (
     to_device,
 )
 from detectors import load_backbone, load_weights, resnet_detector, small_retinanet
-from global_kd import PAPER, Distiller, GlobalKnowledgeLoss, Schedule
+from global_kd import Distiller, GlobalKnowledgeLoss, Schedule
 from options import note_options
 from processes import Place, join
 from report import environment, tensorboard
@@ -133,7 +133,7 @@ class Training:
         decay = Schedule("linear", steps=self.epochs)
         loss = GlobalKnowledgeLoss(
             data.num_classes,
-            **{**PAPER, **{name: getattr(args, name) for name in TERMS}},
+            **{**WEIGHTS[args.weights], **{name: getattr(args, name) for name in TERMS}},
             adapter=args.adapter,
             schedule={f"kd_{name}": decay for name in TERMS if name != "logits"},
             total_steps=self.epochs * self.steps,

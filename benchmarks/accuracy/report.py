@@ -13,6 +13,7 @@ from coco_eval import METRICS
 
 from .declaration import Arm, Method, Table, Trial
 from .intervals import Difference, paired
+from .perform import CURVE_SCENES
 from .store import Store
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -248,17 +249,21 @@ def draw_differences(table: Table, found: Mapping[str, Runs], file: Path) -> boo
     if not lines:
         return False
     figure, plot = _figure(6, 1.2 + 0.32 * len(lines))
+    most = 0
     for y, (_, arm, other) in enumerate(lines):
         gap = difference(found, arm, other, "AP")
         assert gap is not None
         ours, theirs = percent(found[arm.name], "AP"), percent(found[other], "AP")
         seeds = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        most = max(most, gap.n)
         plot.plot(seeds, [y] * len(seeds), "o", color="C0", alpha=0.4, markersize=4)
         plot.errorbar(gap.mean, y, xerr=gap.half, fmt="D", color="C0", capsize=3)
     plot.axvline(0, color="black", linewidth=0.8)
     plot.set_yticks(range(len(lines)), [name for name, _, _ in lines], fontsize=8)
     plot.invert_yaxis()
-    plot.set_xlabel("difference of AP in percent: seeds, mean and 95 % interval")
+    plot.margins(y=0.6 / len(lines))
+    shown = "seeds, mean and 95 % interval" if most > 1 else "one seed, no interval"
+    plot.set_xlabel(f"difference of AP in percent: {shown}")
     return _save(figure, file)
 
 
@@ -324,7 +329,7 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
         plot.plot(x, [100 * ap for ap in y], style, label=name)
     plot.set_xlabel("iterations")
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    plot.set_ylabel(f"AP in percent, {over}")
+    plot.set_ylabel(f"AP in percent on {CURVE_SCENES} scenes, {over}")
     plot.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return _save(figure, file)
 

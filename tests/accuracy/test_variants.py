@@ -7,7 +7,9 @@ import torch
 from benchmarks.accuracy.variants import (
     RIDGE,
     SHARPNESS,
+    OtherLoss,
     OtherPrototypes,
+    OtherRelation,
     Variant,
     coefficients,
     embedding,
@@ -141,3 +143,39 @@ def test_other_prototypes(pick):
 def test_unknown_variants_are_refused():
     with pytest.raises(ValueError, match="pick: expected one of .* but got 'best'"):
         Variant(pick="best")
+
+
+@pytest.mark.parametrize("form", ["projection", "softened"])
+def test_the_other_relation_has_its_weight_and_omega(form):
+    bank, weights = a_bank(), {"foreground": 0, "background": 0}
+    targets = Targets(
+        torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(3, 1),
+        torch.tensor([0, 1, 1]),
+        torch.zeros(3).long(),
+    )
+    maps = [torch.randn(1, 5, 4, 4)] * 2, [torch.randn(1, 6, 4, 4)] * 2
+    rows = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    loss = {"projection": projection_loss, "softened": softened_loss}[form]
+    for robust in (True, False):
+        rdm = OtherRelation(form, [4, 8], relation=3.0, robust_relation=robust, **weights)
+        terms, omega = rdm(*maps, targets, bank, rows=rows, return_weights=True)
+        assert omega.min() > 0 and omega.max() < 1
+        wanted = 3 * loss(*rows, bank, targets.labels, omega if robust else torch.ones_like(omega))
+        torch.testing.assert_close(terms["kd_relation"], wanted)
+
+
+def test_rows_of_the_embedding_are_in_the_order_of_the_boxes():
+    torch.manual_seed(0)
+    models = [small_faster_rcnn(SIZES[f"small-{x}"], 11).eval() for x in ("student", "teacher")]
+    loss = OtherLoss(11, Variant(space="embedding"), tuple(models), relation=1.0, min_side=0)
+    with torch.no_grad():
+        maps = [list(m.backbone(torch.rand(2, 3, 96, 96)).values()) for m in models]
+        channels = [[x.shape[1] for x in levels] for levels in maps]
+        loss.build(*channels, [4, 8, 16])
+        boxes = torch.tensor([[8.0, 8.0, 40.0, 60.0], [30.0, 30.0, 90.0, 90.0]])
+        targets = Targets(boxes, torch.tensor([1, 2]), torch.tensor([1, 0]))
+        rows = loss._rows(*maps, targets, None)
+        for found, model, levels in zip(rows, models, maps, strict=True):
+            wanted = embedding(model, levels, targets, [4, 8, 16])
+            assert not torch.equal(wanted[0], wanted[1])
+            assert all(torch.equal(level, wanted) for level in found)

@@ -14,7 +14,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resn
 import coco_torchvision
 import detectors
 from coco_eval import METRICS, detect, score
-from coco_options import parse
+from coco_options import WEIGHTS, parse
 from detection_data import epoch_batches, load_coco
 from processes import Place, join
 
@@ -420,6 +420,13 @@ def test_errors_are_a_sentence(coco, teachers, tmp_path, given, sentence):
     arguments = given.format(**places).split()
     with pytest.raises(SystemExit, match=re.escape(sentence.format(**places))):
         run(["--quick", "--output", str(tmp_path / "output"), *arguments])
+
+
+def test_the_librarys_weights_are_one_option(coco, teachers, tmp_path):
+    given = ["--teacher", str(teachers / "fasterrcnn.pt"), "--weights", "library"]
+    args = parse(["--data", str(coco), "--output", str(tmp_path), *given, "--logits", "3"])
+    assert (args.foreground, args.background, args.relation, args.logits) == (2, 1, 0, 3)
+    assert WEIGHTS[args.weights]["standardize"] and not WEIGHTS["paper"]["standardize"]
 
 
 def test_every_option_on_the_page_exists():
