@@ -488,7 +488,9 @@ def test_what_does_not_fit_is_named():
 
 def test_adapters_forgotten_in_the_optimizer_are_reported():
     student, teacher = detector("retinanet", 4), detector("retinanet", 4)
-    kd = Distiller(student, teacher, gk(relation=0, logits=0, robust_imitation=False))
+    kd = Distiller(
+        student, teacher, gk(relation=0, logits=0, robust_imitation=False, total_steps=64)
+    )
     images, targets = scenes(sizes=((32, 32), (32, 32)))
     with pytest.warns(UserWarning, match=r"give\s+kd.parameters\(\) to the optimizer"):
         for _ in range(64):
