@@ -297,9 +297,9 @@ def distil_digits(args: argparse.Namespace) -> dict[str, Any]:
         iterations = dict.fromkeys(iterations, 4)
 
     def config(role: str, folder: str) -> CfgNode:
-        own = TEACHER if role == "teacher" else STUDENT
+        own, opts = (TEACHER, args.teacher_opts) if role == "teacher" else (STUDENT, args.opts)
         steps = {"SOLVER.MAX_ITER": iterations[role], "OUTPUT_DIR": str(args.output / folder)}
-        return load_config(ZOO, [*flat({**DIGITS, **own, **steps}), *args.opts])
+        return load_config(ZOO, [*flat({**DIGITS, **own, **steps}), *opts])
 
     teacher, row = train(config("teacher", "teacher"), "teacher", resume=args.resume)
     rows = {"teacher": row}
@@ -320,7 +320,13 @@ def distil_digits(args: argparse.Namespace) -> dict[str, Any]:
         "areas": {"small": [0, small], "medium": [small, medium], "large": [medium, None]},
         "knowledge": dataclasses.asdict(terms),
         "scenes": dataclasses.asdict(settings),
-        "options": {"digits": DIGITS, "teacher": TEACHER, "student": STUDENT, "opts": args.opts},
+        "options": {
+            "digits": DIGITS,
+            "teacher": TEACHER,
+            "student": STUDENT,
+            "teacher_opts": args.teacher_opts,
+            "opts": args.opts,
+        },
         "environment": {
             "global_kd": getattr(global_kd, "__version__", "unknown"),
             "detectron2": detectron2.__version__,
