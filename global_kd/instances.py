@@ -73,7 +73,8 @@ def assign_levels(
     on. ``None`` is 14 cells of the first level: the released 56 pixels at stride 4.
     """
     scale = 14 * strides[0] if finest_scale is None else finest_scale
-    boxes = boxes.float()  # an area overflows half precision
+    # An area overflows half precision.
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     side = ((boxes[:, 2:] - boxes[:, :2]) + 1).prod(dim=1).clamp(min=1e-12).sqrt()
     octave = (side / scale + 1e-6).log2().floor()
     # Counting the levels passed keeps the rule right where a pyramid leaves out a stride.
