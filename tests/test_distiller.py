@@ -140,7 +140,7 @@ def test_adapters_outside_of_the_optimizer_are_told_once(resumed):
     student, _, kd = make()
     if resumed:
         kd.load_state_dict(make()[2].state_dict())
-    kd.loss.refresh_every = None
+    kd.loss.refresh_every, kd.loss.total_steps = None, 100
     with pytest.warns(UserWarning, match="adapters were not updated in") as told:
         for _ in range(74):
             student(IMAGES)
@@ -150,6 +150,7 @@ def test_adapters_outside_of_the_optimizer_are_told_once(resumed):
 
 def test_adapters_in_the_optimizer_are_not_complained_about(recwarn):
     student, _, kd = make()
+    kd.loss.total_steps = 100
     optimizer = torch.optim.SGD(kd.parameters(), lr=1e-3)
     for _ in range(74):
         student(IMAGES)
