@@ -19,7 +19,7 @@ from .detector import (
     fingerprint,
     translate,
 )
-from .doctor import Report, examine
+from .doctor import NOTHING_DISTILLED, Report, examine
 from .hooks import FeatureTap, evaluating, infer_strides, sharded_modules, unwrap
 from .instances import pool_levels
 from .losses.global_knowledge import GlobalKnowledgeLoss
@@ -168,12 +168,8 @@ class Distiller(nn.Module):
                 self._sign_bank()
         self._watch_gradients(seen.look.maps)
         terms = self._pass_on(self.loss, seen, looked)
-        if not terms and self._calls == 0:
-            warnings.warn(
-                "Distiller: only soft labels have a weight, and the two heads give no comparable "
-                "class logits, so nothing is distilled; give foreground or background a weight",
-                stacklevel=2,
-            )
+        if self._calls == 0 and not terms:
+            warnings.warn(f"Distiller: {NOTHING_DISTILLED}", stacklevel=2)
         self._watch_adapters()
         return terms
 
@@ -257,14 +253,12 @@ class Distiller(nn.Module):
 
     def _watch_adapters(self) -> None:
         self._calls += self.training
-        parameters = dict(self.loss.named_parameters())
-        if self._calls == 1:
-            self._adapter_versions = {n: p._version for n, p in parameters.items()}
-        if self._calls != _STEPS_UNTIL_WARNING:
+        if self._calls not in (1, _STEPS_UNTIL_WARNING):
             return
-        if parameters and all(
-            p._version == self._adapter_versions.get(n) for n, p in parameters.items()
-        ):
+        versions = {n: p._version for n, p in self.loss.named_parameters()}
+        if self._calls == 1:
+            self._adapter_versions = versions
+        elif versions and versions == self._adapter_versions:
             warnings.warn(
                 f"Distiller: the adapters were not updated in {self._calls} steps; give "
                 "kd.parameters() to the optimizer beside student.parameters()",

@@ -22,6 +22,10 @@ _FEW, _MOST = 0.3, 0.6  # shares of boxes found: a reading under the first is do
 # second believed
 _ENOUGH = 3  # boxes from which on a batch can tell one reading from another
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
+NOTHING_DISTILLED = (
+    "only soft labels have a weight, and the two heads give no comparable class logits (or "
+    "teacher_scale is not 1), so nothing is distilled; give foreground or background a weight"
+)
 _TYRANT = 10.0  # a term above this many detection losses leaves them no say
 
 PassOn = Callable[[GlobalKnowledgeLoss, Seen, Look], dict[str, Tensor]]
@@ -190,11 +194,8 @@ def examine(
             "no soft labels (kd_logits): the two heads give no comparable class logits, or "
             "teacher_scale is not 1"
         )
-    if not terms.keys() - {"detection"}:
-        problems.append(
-            "no term comes out, so nothing is distilled: the two heads share no class logits; give "
-            "foreground or background a weight"
-        )
+    if loss.active and not values:
+        problems.append(NOTHING_DISTILLED)
     small = (truth.boxes[:, 2:] - truth.boxes[:, :2]).amin(dim=1) <= loss.generator.min_side
     if loss.rdm.uses_prototypes and len(truth) >= _ENOUGH and bool(small.all()):
         problems.append(

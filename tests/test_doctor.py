@@ -291,3 +291,8 @@ def test_one_of_several_ranks_looks_alone(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert "kd_foreground" in kd.check(IMAGES, TARGETS, verbose=False).terms
     assert student.body.norm.training
+
+
+def test_switching_everything_off_is_no_mistake():
+    _, _, kd = home_made(foreground=0, background=0, relation=0, logits=0)
+    assert not problems(kd)

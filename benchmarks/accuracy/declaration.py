@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from digit_scenes import SceneSettings
-from distillation import Knowledge
+from distillation import STUDIED, Knowledge
 from disturbances import Disturbance
 from global_kd import Distiller
 from small_detectors import SIZES, Size
@@ -56,11 +56,11 @@ class Data:
 class Method(Knowledge):
     """What is transferred: the example's settings, and more of the library's and of `Variant`.
 
-    With relations and on all levels where nothing else is said: results depend on it.
+    Like `STUDIED` where nothing else is said: the identities of the results depend on it.
     """
 
-    relation: float = 5.0
-    levels: str = "all"
+    relation: float = STUDIED.relation
+    levels: str = STUDIED.levels
     alpha: float = 10.0
     standardize: bool = later(True)
     form: str = later("cosine")

@@ -44,6 +44,7 @@ TERMS: dict[str, dict[str, float]] = {
     "soft labels + relation": LOGITS | RELATION,
     "all": IMITATION | LOGITS | RELATION,
 }
+LIBRARY: dict[str, Any] = {"levels": "assigned", "relation": 0.0}  # instead of what was tuned
 FEW = ("imitation", "soft labels", "relation", "imitation + soft labels", "all")
 
 
@@ -94,17 +95,17 @@ class Scale:
         return tuple(arms)
 
     def defaults(self, base: Trial) -> tuple[Arm, ...]:
-        """The weights of the examples, the library and the paper, and steps between them.
+        """Weights as tuned (`STUDIED`), the library's and the paper's, and steps between them.
 
-        The library's are those that the examples were tuned to, without the relation term and on
-        the level of a box's size, as in the paper.
+        The library's are the tuned ones without the relation term and on the level of a box's
+        size, as in the paper.
         """
         paper = dict(PAPER)
         sets: dict[str, dict[str, Any]] = {
-            "the examples'": {},
-            "the examples', no relation": {"relation": 0.0},
-            "the examples', no relation, no omega": {"relation": 0.0, "robust": False},
-            "the library's": {"levels": "assigned", "relation": 0.0},
+            "tuned": {},
+            "tuned, no relation": {"relation": 0.0},
+            "tuned, no relation, no omega": {"relation": 0.0, "robust": False},
+            "the library's": LIBRARY,
             "the library's, relation 5": {"levels": "assigned"},
             "the paper's": paper,
             "the paper's, relation 5": paper | {"relation": 5.0},
@@ -114,7 +115,7 @@ class Scale:
         }
         arms = [Arm("none", base, ())]
         for name, how in sets.items():
-            against = ("none", *({"the examples'", "the library's"} - {name}))
+            against = ("none", *({"tuned", "the library's"} - {name}))
             arms.append(Arm(name, taught(base, self.method("all", **how)), tuple(sorted(against))))
         return tuple(arms)
 
@@ -247,7 +248,7 @@ class Scale:
     def _confirmed(self, base: Trial) -> tuple[Arm, ...]:
         """The two best of `relations`, alone and beside the library's other terms."""
         switches = self.relations()
-        library = self.method("all", levels="assigned", relation=0.0)
+        library = self.method("all", **LIBRARY)
         arms = [Arm("none", base, ()), Arm("the library's", taught(base, library))]
         for name in ("embedding, softened", "prototypes of the last batch"):
             how = switches[name]

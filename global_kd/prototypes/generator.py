@@ -143,8 +143,9 @@ class PrototypeGenerator(nn.Module):
         self._calls += 1
         if len(targets) == 0:
             return
-        # Rows of a checkpoint lie where it was loaded to.
-        self._parts = [_Rows(*(x.to(student.device) for x in rows)) for rows in self._parts]
+        if self._parts and self._parts[0].student.device != student.device:
+            # Rows of a checkpoint lie where it was loaded to.
+            self._parts = [_Rows(*(x.to(student.device) for x in rows)) for rows in self._parts]
         # Copies: a view would keep the rows of every proposal that was pooled beside these alive.
         mine, theirs = (
             x.detach().transpose(0, 1).to(torch.float32, copy=True) for x in (student, teacher)

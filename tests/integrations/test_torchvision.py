@@ -547,3 +547,15 @@ def test_published_models_with_resnet_and_fpn():
     student(images, targets)
     sum(kd(images, targets).values()).backward()
     assert all(p.grad is not None for p in kd.parameters())
+
+
+def test_soft_labels_alone_are_fine_in_a_batch_without_boxes(recwarn):
+    torch.manual_seed(0)
+    student, teacher = detector("retinanet", 4), detector("retinanet", 4)
+    kd = Distiller(student, teacher, gk(foreground=0, background=0, relation=0, logits=5))
+    images, targets = scenes()
+    empty = [{name: x[:0] for name, x in t.items()} for t in targets]
+    student(images, empty)
+    terms = kd(images, empty)
+    assert not any(float(x) for x in terms.values())
+    assert not [x for x in recwarn if "nothing is distilled" in str(x.message)]
