@@ -154,6 +154,22 @@ class Scale:
             *(dataclasses.replace(a, against=(*a.against, f"clean: {a.name}")) for a in rough),
         )
 
+    def misled(self, names: tuple[str, ...], **shares: Any) -> tuple[Arm, ...]:
+        """Terms on disturbed scenes, from a teacher that saw the same disturbance or none."""
+        data = Data(disturbance=Disturbance(**shares))
+        base = self.student(data=data)
+        misled = dataclasses.replace(TEACHER, data=data)
+        arms = [Arm("none", base, ())]
+        for name in names:
+            right, wrong = f"{name}, clean teacher", f"{name}, misled teacher"
+            without = taught(base, self.method(name, robust=False), misled)
+            arms += (
+                Arm(right, taught(base, self.method(name))),
+                Arm(wrong, taught(base, self.method(name), misled), ("none", right)),
+                Arm(f"{wrong}, no omega", without, ("none", wrong)),
+            )
+        return tuple(arms)
+
     def curve(self, points: dict[float, Trial], base: Trial, usual: float) -> tuple[Arm, ...]:
         """All terms along one setting, against no distillation and the usual point."""
         arms = (
@@ -318,6 +334,13 @@ class Scale:
                 self.disturbed(each if key == "labels-30" else self.few, **shares),
             )
             for key, (title, rank, shares) in kinds.items()
+        ] + [
+            self._table(
+                "q3-misled",
+                "30 % wrong labels, for the teacher, too",
+                3,
+                self.misled(self.few, labels=0.3),
+            )
         ]
 
     def question_4(self) -> list[Table]:

@@ -9,6 +9,7 @@ from benchmarks.accuracy.declaration import Arm, Data, Method, Table, Trial, dec
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.work import everything, in_order
+from disturbances import Disturbance
 from global_kd import PAPER, RobustDistillLoss
 
 TABLES = [table for grid in GRIDS.values() for table in grid]
@@ -114,6 +115,16 @@ def test_arms_are_compared_with_what_differs_in_nothing_else(table):
         for other in arm.against:
             one, two = vars(arm.trial), vars(arms[other])
             assert {key for key in one if one[key] != two[key]} <= varied, (arm.name, other)
+
+
+def test_a_misled_teacher_saw_the_wrong_labels_that_its_student_sees():
+    for grid in GRIDS.values():
+        (table,) = (t for t in grid if t.name.endswith("q3-misled"))
+        taught = {a.name: a.trial for a in table.arms if a.trial.teacher is not None}
+        clean = {name for name, t in taught.items() if t.teacher.data.disturbance == Disturbance()}
+        assert clean == {name for name in taught if "clean" in name}
+        for name in taught.keys() - clean:
+            assert taught[name].teacher.data == taught[name].data
 
 
 def test_every_committed_result_is_declared():
