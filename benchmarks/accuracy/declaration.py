@@ -63,6 +63,7 @@ class Method(Knowledge):
     levels: str = STUDIED.levels
     alpha: float = 10.0
     standardize: bool = later(True)
+    adapter: str = later("conv3x3")
     form: str = later("cosine")
     space: str = later("pooled")
     pick: str = later("pursuit")
@@ -74,7 +75,11 @@ class Method(Knowledge):
 
     def options(self) -> dict[str, Any]:
         """These settings as arguments of `GlobalKnowledgeLoss`."""
-        return super().options() | {"alpha": self.alpha, "standardize": self.standardize}
+        return super().options() | {
+            "alpha": self.alpha,
+            "standardize": self.standardize,
+            "adapter": self.adapter,
+        }
 
     def distiller(
         self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int

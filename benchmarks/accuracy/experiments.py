@@ -19,6 +19,7 @@ it yet: weights relative to the gradient of the detection losses instead of cons
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from disturbances import Disturbance
@@ -119,15 +120,18 @@ class Scale:
             arms.append(Arm(name, taught(base, self.method("all", **how)), tuple(sorted(against))))
         return tuple(arms)
 
-    def equal_time(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
-        """Each set of terms beside no distillation for as many iterations as take the same time."""
+    def equal_time(self, base: Trial, trials: Mapping[str, Trial]) -> tuple[Arm, ...]:
+        """Each beside no distillation for as many iterations as take the same time."""
         arms = [Arm("none", base, ())]
-        for name in names:
-            arm = taught(base, self.method(name))
+        for name, trial in trials.items():
             longer = f"none, time of {name}"
-            arms.append(Arm(longer, dataclasses.replace(base, time_of=arm), ()))
-            arms.append(Arm(name, arm, ("none", longer)))
+            arms.append(Arm(longer, dataclasses.replace(base, time_of=trial), ()))
+            arms.append(Arm(name, trial, ("none", longer)))
         return tuple(arms)
+
+    def by_terms(self, base: Trial, names: tuple[str, ...]) -> dict[str, Trial]:
+        """A trial with each set of terms."""
+        return {name: taught(base, self.method(name)) for name in names}
 
     def growing(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
         """Longer and longer trainings: where doubling adds nothing, students are trained out."""
@@ -203,6 +207,9 @@ class Scale:
             5: self.student(data=Data(share=0.05)),
         }
         warm, cold = self.continued(), self.student()
+        library = self.method("all", **LIBRARY)
+        light = dataclasses.replace(library, adapter="conv1x1")
+        small = dataclasses.replace(TEACHER, student=STUDENT.student)
         return [
             self._table(
                 "q1-defaults", "Sets of weights, from random weights", 2, self.defaults(cold)
@@ -217,10 +224,28 @@ class Scale:
                 "iterations",
             ),
             self._table(
-                "q1-warm-time", "Equal time, warm start", 7, self.equal_time(warm, self.few)
+                "q1-warm-time",
+                "Equal time, warm start",
+                7,
+                self.equal_time(warm, self.by_terms(warm, self.few)),
             ),
             self._table(
-                "q1-time", "Equal time, from random weights", 4, self.equal_time(cold, FEW)
+                "q1-time",
+                "Equal time, from random weights",
+                4,
+                self.equal_time(cold, self.by_terms(cold, FEW)),
+            ),
+            self._table(
+                "q1-small-time",
+                "Equal time, the library's weights and a teacher of the student's size",
+                4,
+                self.equal_time(
+                    cold,
+                    {
+                        "the library's": taught(cold, library, small),
+                        "the library's, 1x1 adapters": taught(cold, light, small),
+                    },
+                ),
             ),
             *(
                 self._table(

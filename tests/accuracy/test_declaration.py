@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.accuracy.declaration import Arm, Data, Method, Table, Trial, declared
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
+from benchmarks.accuracy.perform import build
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.work import everything, in_order
 from disturbances import Disturbance
@@ -115,6 +116,16 @@ def test_arms_are_compared_with_what_differs_in_nothing_else(table):
         for other in arm.against:
             one, two = vars(arm.trial), vars(arms[other])
             assert {key for key in one if one[key] != two[key]} <= varied, (arm.name, other)
+
+
+def test_settings_of_a_method_arrive_in_its_loss():
+    student, teacher = build(STUDENT), build(TEACHER)
+    method = Method(alpha=3.0, standardize=False, adapter="conv1x1", foreground=7.0)
+    loss = method.distiller(student, teacher, num_classes=11, steps=10, seed=0).loss
+    assert loss.generator.alpha == 3
+    assert loss.rdm.foreground == 7
+    assert not loss.rdm.standardize
+    assert [x.kernel_size for x in loss.adapters] == [(1, 1)] * 3
 
 
 def test_a_misled_teacher_saw_the_wrong_labels_that_its_student_sees():
