@@ -224,6 +224,13 @@ class Scale:
                 "iterations",
             ),
             self._table(
+                "q1-5-length",
+                "Students trained longer and longer on 5 % of the scenes",
+                4,
+                self.growing(few_scenes[5], self.few),
+                "iterations",
+            ),
+            self._table(
                 "q1-warm-time",
                 "Equal time, warm start",
                 7,
