@@ -22,8 +22,8 @@ import storage
 from detection_data import DetectionData, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
-from digits_study import environment
 from distillation import STUDIED, Experiment
+from environment import environment
 from global_kd import Distiller, Targets
 from global_kd.instances import pool_levels
 from training import Recipe

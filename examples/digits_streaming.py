@@ -21,8 +21,8 @@ import storage
 from detection_data import Batch, epoch_batches, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
-from digits_study import environment
 from distillation import STUDIED
+from environment import environment
 from global_kd import PrototypeBank, PrototypeGenerator, Targets
 from global_kd.functional import robust_weights
 from global_kd.instances import pool_levels

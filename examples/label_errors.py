@@ -26,8 +26,8 @@ from corruption import CLEAN, KINDS, LABEL, MOVED, SHIFTED, Corrupted, corrupt
 from detection_data import DetectionData, box_id, first_batches, load_digits
 from detectors import SHIPPED_TEACHER, build_detector
 from digit_scenes import SceneSettings
-from digits_study import as_json, environment
 from distillation import STUDIED
+from environment import environment
 from global_kd import Distiller
 from global_kd.instances import assign_levels
 from label_plots import draw_label_errors, draw_omega
@@ -314,7 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(args.results.read_text()) if args.results.is_file() else {}
     try:
         for job in jobs:
-            if results.get(job.key, {}).get("settings") != as_json(job.settings):
+            as_kept = json.loads(json.dumps(job.settings))
+            if results.get(job.key, {}).get("settings") != as_kept:
                 results[job.key] = job.run()
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 args.results.write_text(json.dumps(results, indent=1) + "\n")
