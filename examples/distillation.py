@@ -96,6 +96,24 @@ class Experiment:
     curve_images: int = 200
     line: int = 0
 
+    def prepare(
+        self, knowledge: Knowledge | None = None, start: dict[str, Tensor] | None = None
+    ) -> Trainer:
+        """One student before its first iteration; `start` are the weights to go on from."""
+        torch.manual_seed(self.recipe.seed)
+        student = self.make_student()
+        if start is not None:
+            student.load_state_dict(start)
+        student.to(self.device)
+        kd = None
+        if knowledge is not None:
+            if self.teacher is None:
+                raise ValueError("teacher: expected a detector to distil from, but got None")
+            recipe, classes = self.recipe, self.data.num_classes
+            kd = knowledge.distiller(student, self.teacher, classes, recipe.iterations, recipe.seed)
+        torch.manual_seed(self.recipe.seed)
+        return Trainer(student, self.recipe, kd, self.workers)
+
     def train(
         self,
         label: str,
@@ -110,19 +128,8 @@ class Experiment:
 
         `start` are the weights to go on from (a warm start). `state` is the file to resume from.
         """
-        torch.manual_seed(self.recipe.seed)
-        student = self.make_student()
-        if start is not None:
-            student.load_state_dict(start)
-        student.to(self.device)
-        kd = None
-        if knowledge is not None:
-            if self.teacher is None:
-                raise ValueError("teacher: expected a detector to distil from, but got None")
-            recipe, classes = self.recipe, self.data.num_classes
-            kd = knowledge.distiller(student, self.teacher, classes, recipe.iterations, recipe.seed)
-        torch.manual_seed(self.recipe.seed)
-        trainer = Trainer(student, self.recipe, kd, self.workers)
+        trainer = self.prepare(knowledge, start)
+        kd = trainer.kd
         if resume and state is not None and state.is_file():
             trainer.load(state)
 

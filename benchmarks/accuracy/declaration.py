@@ -178,6 +178,14 @@ class Trial:
         """Its partner without distillation, for equally many iterations."""
         return dataclasses.replace(self, method=None, teacher=None, time_of=None)
 
+    @property
+    def needs(self) -> list[Trial]:
+        """Those that must be trained before, since it starts, learns or is timed with them."""
+        first = [self.teacher, self.start]
+        if self.time_of is not None:
+            first += [self.plain(), self.time_of.teacher]
+        return [trial for trial in first if trial is not None]
+
 
 def declared(value: Any) -> Any:
     """A declaration as JSON; a trial within another stands there by its identity."""

@@ -22,6 +22,7 @@ from suspicion import area_under_roc
 from training import Recipe
 
 from ..environment import environment
+from . import pace
 from .declaration import TRAINING_SCENES_SEED, Trial, declared
 from .store import Store
 
@@ -42,14 +43,7 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
         torch.set_num_threads(1)  # or several threads would add gradients up in a random order
         torch.use_deterministic_algorithms(True, warn_only=True)
     data, disturbed = load_data(trial, store)
-    recipe = Recipe(
-        store.iterations(trial),
-        trial.batch_size,
-        trial.lr,
-        seed=trial.training_seed,
-        evaluations=EVALUATIONS,
-    )
-    described = {
+    described: dict[str, Any] = {
         "identity": trial.identity,
         "declaration": declared(trial),
         "environment": environment(torch.device(device)),
@@ -60,15 +54,11 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
         scores = evaluate(teacher, data, label=None)
         store.write(trial, {**described, "scores": scores, "shipped": SHIPPED_TEACHER.name})
         return
-    experiment = Experiment(
-        data,
-        lambda: build(trial),
-        recipe,
-        None if trial.teacher is None else trained(trial.teacher, store).to(device),
-        device=device,
-        curve_images=CURVE_SCENES,
-    )
     state = store.state(trial)
+    iterations = trial.iterations
+    if trial.time_of is not None:
+        iterations = equal_time(trial, trial.time_of, data, store, device)
+    experiment = experiment_of(trial, data, store, device, iterations)
     state.parent.mkdir(parents=True, exist_ok=True)
     try:
         trainer = experiment.train(
@@ -102,6 +92,50 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
         storage.save(trainer.model.state_dict(), store.weights(trial))
     store.write(trial, result)
     state.unlink(missing_ok=True)
+
+
+def experiment_of(
+    trial: Trial, data: DetectionData, store: Store, device: str, iterations: int
+) -> Experiment:
+    """The experiment of which a trial is one training."""
+    return Experiment(
+        data,
+        lambda: build(trial),
+        Recipe(
+            iterations,
+            trial.batch_size,
+            trial.lr,
+            seed=trial.training_seed,
+            evaluations=EVALUATIONS,
+        ),
+        None if trial.teacher is None else trained(trial.teacher, store).to(device),
+        device=device,
+        curve_images=CURVE_SCENES,
+    )
+
+
+def equal_time(trial: Trial, other: Trial, data: DetectionData, store: Store, device: str) -> int:
+    """As many iterations without distillation as take the time of `other`.
+
+    By the pace of both by turns, half of it from their start, half from the weights that a
+    training without distillation ends with. An unfinished training keeps the number it began with.
+    """
+    if (state := store.state(trial)).is_file():
+        return int(storage.load(state)["recipe"]["iterations"])
+    images = (pace.WARM_UP + pace.STEPS) * trial.batch_size
+    batches = [*to_device(first_batches(data.train, images, trial.batch_size), device)]
+    plain = trial.plain()
+    starts = [None if trial.start is None else trained(trial.start, store), trained(plain, store)]
+    spent = torch.zeros(2)
+    for start in starts:
+        trainers = [
+            experiment_of(x, data, store, device, trial.iterations).prepare(
+                x.method, None if start is None else start.state_dict()
+            )
+            for x in (other, plain)
+        ]
+        spent += torch.tensor(pace.seconds(trainers, batches))
+    return max(1, round(trial.iterations * float(spent[0] / spent[1])))
 
 
 def load_data(trial: Trial, store: Store) -> tuple[DetectionData, Tensor]:

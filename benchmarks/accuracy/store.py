@@ -6,14 +6,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from digit_scenes import load_digit_scenes
 
 from .declaration import TRAINING_SCENES_SEED, Trial
 
-MANY_SEEDS = 20  # more than anybody trains
 # In the folder that `environment.commit` leaves out when it asks whether the code was changed.
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 
@@ -70,31 +68,7 @@ class Store:
 
     def startable(self, trial: Trial) -> list[Trial]:
         """The trial itself, or those that come first; none if one of them diverged."""
-        weights = [x for x in (trial.teacher, trial.start) if x is not None]
-        results = [] if trial.time_of is None else [trial.plain(), trial.time_of]
-        if any(self.failed(x) for x in (*weights, *results)):
+        if any(self.failed(x) for x in trial.needs):
             return []
-        missing = [
-            *(x for x in weights if not self.weights(x).is_file()),
-            *(x for x in results if self.result(x) is None),
-        ]
+        missing = [x for x in trial.needs if not self.weights(x).is_file()]
         return [first for x in missing for first in self.startable(x)] if missing else [trial]
-
-    def iterations(self, trial: Trial) -> int:
-        """How long to train; for equal time by the pace of the two that are compared.
-
-        The median over the seeds that have both: one of them may have had a busy machine.
-        """
-        if trial.time_of is None:
-            return trial.iterations
-        ratios = []
-        for seed in range(MANY_SEEDS):
-            both = [self.result(x.at(seed)) for x in (trial.time_of, trial.plain())]
-            paces = [x["seconds"] / x["iterations"] for x in both if x and "seconds" in x]
-            if len(paces) == 2:
-                ratios.append(paces[0] / paces[1])
-        if not ratios:
-            raise ValueError(
-                f"time_of: expected a result of {trial.time_of.identity}, but got none"
-            )
-        return max(1, round(trial.iterations * median(ratios)))

@@ -62,11 +62,8 @@ def everything(wanted: Sequence[tuple[str, Trial]]) -> Iterator[Trial]:
         if trial.identity in seen:
             return
         seen.add(trial.identity)
-        needed = [trial.teacher, trial.start, trial.time_of]
-        needed += [trial.plain()] if trial.time_of is not None else []
-        for other in needed:
-            if other is not None:
-                yield from visit(other)
+        for other in trial.needs:
+            yield from visit(other)
         yield trial
 
     for _, trial in wanted:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.accuracy import report
+from benchmarks.accuracy import pace, report
 from benchmarks.accuracy.__main__ import main, quick, shrunk
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
 from benchmarks.accuracy.perform import first_scenes, load_data, perform, separation, trained
@@ -21,11 +21,12 @@ PAGE = f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Results of one seed of an arm for equal time, and of the two that it rests on."""
+    """Results of one seed of an arm, of its partner, and of that for equal time."""
     folder = tmp_path_factory.mktemp("accuracy")
     words = ["run", "--quick", "--seeds", "1", "--results", str(folder / "results")]
     words += ["--cache", str(folder / "cache")]
-    assert main([*words, "--only", "q1-time/none, time of imitation/"]) == 0
+    for name in ("imitation", "none, time of imitation"):
+        assert main([*words, "--only", f"q1-time/{name}/"]) == 0
     return folder
 
 
@@ -49,9 +50,50 @@ def test_results_say_what_was_done_and_where(store):
     assert {"torch", "commit", "cpu"} <= set(found["environment"])
 
 
-def test_equal_time_is_another_number_of_iterations(store):
+def test_equal_time_is_by_the_pace_of_both(store, tmp_path, monkeypatch):
+    """Half of it from the start, half from trained weights: (100 + 140) / (80 + 80)."""
     longer = next(a.trial for a in TABLE.arms if a.name == "none, time of imitation")
-    assert result(store, "none, time of imitation")["iterations"] == store.iterations(longer)
+    longer = dataclasses.replace(
+        longer, iterations=4, time_of=dataclasses.replace(longer.time_of, iterations=4)
+    )
+    mine = Store(tmp_path, store.cache)
+    perform(longer.plain(), mine)
+    starts, seconds = [], iter([[100.0, 80.0], [140.0, 80.0]])
+
+    def stepped(trainers, batches):
+        with_kd, without = trainers
+        assert with_kd.kd is not None and without.kd is None
+        one, two = (dict(t.model.named_parameters()) for t in trainers)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        starts.append({name: x.detach().clone() for name, x in two.items()})
+        return next(seconds)
+
+    monkeypatch.setattr(pace, "seconds", stepped)
+    perform(longer, mine)
+    assert mine.result(longer)["iterations"] == 6
+    ended = dict(trained(longer.plain(), mine).named_parameters())
+    assert all(torch.equal(x, ended[name]) for name, x in starts[1].items())
+    assert not all(torch.equal(x, ended[name]) for name, x in starts[0].items())
+
+
+def test_pace_counts_the_time_of_each_trainer(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    class Stepped:
+        model, device = torch.nn.Identity(), torch.device("cpu")
+
+        def __init__(self, seconds):
+            self.seconds, self.batches = seconds, []
+
+        def step(self, batch):
+            clock.now += self.seconds
+            self.batches.append(batch)
+
+    monkeypatch.setattr(pace.time, "process_time", lambda: clock.now)
+    fast, slow = Stepped(1.0), Stepped(3.0)
+    batches = list(range(pace.WARM_UP + 4))
+    assert pace.seconds([slow, fast], batches) == [12, 4]
+    assert slow.batches == fast.batches == batches
 
 
 def test_a_trial_gives_the_same_again(store, tmp_path):

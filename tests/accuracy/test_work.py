@@ -74,18 +74,12 @@ def test_nothing_rests_on_what_diverged(store):
     assert next_trial([("arm", dataclasses.replace(STUDENT, start=STUDENT))], store, []) is None
 
 
-def test_equal_time_is_by_the_pace_of_both(store):
+def test_equal_time_rests_on_its_partner_and_the_teacher(store):
     longer = dataclasses.replace(STUDENT, time_of=TAUGHT)
-    with pytest.raises(ValueError, match="time_of: expected a result"):
-        store.iterations(longer)
-    finish(store, STUDENT, seconds=100.0, iterations=1000)
-    finish(store, TAUGHT, seconds=150.0, iterations=1000)
-    assert store.iterations(longer) == 1500
-    assert store.iterations(STUDENT) == 1000
-    for seed, seconds in ((1, 900.0), (2, 120.0)):  # the machine was busy with seed 1
-        finish(store, STUDENT.at(seed), seconds=100.0, iterations=1000)
-        finish(store, TAUGHT.at(seed), seconds=seconds, iterations=1000)
-    assert store.iterations(longer) == store.iterations(longer.at(1)) == 1500
+    for first in (STUDENT, TEACHER):
+        assert next_trial([("arm", longer)], store, [])[1] == first
+        finish(store, first)
+    assert next_trial([("arm", longer)], store, []) == ("arm", longer)
 
 
 def test_the_first_result_stays(store):
