@@ -133,16 +133,23 @@ class Scale:
         """A trial with each set of terms."""
         return {name: taught(base, self.method(name)) for name in names}
 
-    def growing(self, base: Trial, names: tuple[str, ...]) -> tuple[Arm, ...]:
-        """Longer and longer trainings: where doubling adds nothing, students are trained out."""
+    def growing(
+        self, base: Trial, names: tuple[str, ...], lengths: tuple[int, ...]
+    ) -> tuple[Arm, ...]:
+        """Longer and longer trainings: where doubling adds nothing, students are trained out.
+
+        A step with distillation takes less than twice as long, so half as many are held against
+        those without it, too.
+        """
         arms = []
-        for number in self.lengths:
+        for number in lengths:
             longer = dataclasses.replace(base, iterations=number)
             plain = f"none, {number}"
+            against = (plain, f"none, {2 * number}") if 2 * number in lengths else (plain,)
             arms.append(Arm(plain, longer, (), "none", number))
             for name in names:
                 trial = taught(longer, self.method(name))
-                arms.append(Arm(f"{name}, {number}", trial, (plain,), name, number))
+                arms.append(Arm(f"{name}, {number}", trial, against, name, number))
         return tuple(arms)
 
     def disturbed(self, names: tuple[str, ...], **shares: Any) -> tuple[Arm, ...]:
@@ -220,14 +227,14 @@ class Scale:
                 "q1-length",
                 "Students trained longer and longer",
                 6,
-                self.growing(cold, self.few),
+                self.growing(cold, self.few, self.lengths),
                 "iterations",
             ),
             self._table(
                 "q1-5-length",
                 "Students trained longer and longer on 5 % of the scenes",
                 4,
-                self.growing(few_scenes[5], self.few),
+                self.growing(few_scenes[5], self.few, self.lengths[:-1]),
                 "iterations",
             ),
             self._table(
