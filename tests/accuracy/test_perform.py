@@ -7,10 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import storage
 from benchmarks.accuracy import pace, report
 from benchmarks.accuracy.__main__ import main, quick, shrunk
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
-from benchmarks.accuracy.perform import first_scenes, load_data, perform, separation, trained
+from benchmarks.accuracy.perform import (
+    equal_time,
+    first_scenes,
+    load_data,
+    perform,
+    separation,
+    trained,
+)
 from benchmarks.accuracy.store import Store
 from digit_scenes import SceneSettings, make_scenes
 from disturbances import KINDS, Disturbance
@@ -74,6 +82,15 @@ def test_equal_time_is_by_the_pace_of_both(store, tmp_path, monkeypatch):
     ended = dict(trained(longer.plain(), mine).named_parameters())
     assert all(torch.equal(x, ended[name]) for name, x in starts[1].items())
     assert not all(torch.equal(x, ended[name]) for name, x in starts[0].items())
+
+
+def test_an_unfinished_training_of_equal_time_keeps_its_number_of_iterations(store, tmp_path):
+    longer = next(a.trial for a in TABLE.arms if a.name == "none, time of imitation")
+    mine = Store(tmp_path, tmp_path)
+    mine.state(longer).parent.mkdir()
+    storage.save({"recipe": {"iterations": 7}}, mine.state(longer))
+    data, _ = load_data(longer, store)
+    assert equal_time(longer, longer.time_of, data, mine, "cpu") == 7
 
 
 def test_pace_counts_the_time_of_each_trainer(monkeypatch):
