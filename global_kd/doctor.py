@@ -22,11 +22,11 @@ _FEW, _MOST = 0.3, 0.6  # shares of boxes found: a reading under the first is do
 # second believed
 _ENOUGH = 3  # boxes from which on a batch can tell one reading from another
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
+_TYRANT = 10.0  # a term above this many detection losses leaves them no say
 NOTHING_DISTILLED = (
     "only soft labels have a weight, and the two heads give no comparable class logits (or "
     "teacher_scale is not 1), so nothing is distilled; give foreground or background a weight"
 )
-_TYRANT = 10.0  # a term above this many detection losses leaves them no say
 
 PassOn = Callable[[GlobalKnowledgeLoss, Seen, Look], dict[str, Tensor]]
 
