@@ -5,6 +5,7 @@ for soft labels, its box head), and what distillation itself adds: loss terms, f
 down to the student's maps. Weights are random, boxes are many: 32 an image, as in the full step.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from global_kd import PAPER, Distiller, GlobalKnowledgeLoss, Targets
+from global_kd.step import Positives
 
 from .measure import Bar, Effort, peak_memory, say, take_turns
 from .scene import boxes_like_coco
@@ -164,9 +166,11 @@ def terms_alone(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Callable[
     maps = [x.detach().requires_grad_() for x in maps]
     kwargs = dict(kwargs)
     leaves = [*maps, *loss.parameters()]
-    if kwargs.get("student_logits") is not None:
-        kwargs["student_logits"] = kwargs["student_logits"].detach().requires_grad_()
-        leaves.append(kwargs["student_logits"])
+    positives: Positives | None = kwargs.get("positives")
+    if positives is not None and positives.student is not None:
+        rows = positives.student.detach().requires_grad_()
+        kwargs["positives"] = dataclasses.replace(positives, student=rows)
+        leaves.append(rows)
 
     def work() -> list[Tensor]:
         terms = loss(maps, *others, **kwargs)

@@ -51,11 +51,12 @@ class Knowledge:
     ) -> Distiller:
         """A `Distiller` with these settings for a training of `steps` iterations."""
         loss = GlobalKnowledgeLoss(num_classes, total_steps=steps, seed=seed, **self.options())
-        return Distiller(student, teacher, loss, boxes=self.boxes)
+        return Distiller(student, teacher, loss)
 
     def options(self) -> dict[str, Any]:
         """These settings as arguments of `GlobalKnowledgeLoss`."""
         return {
+            "boxes": self.boxes,
             "foreground": self.foreground,
             "background": self.background,
             "relation": self.relation,

@@ -4,9 +4,8 @@ Importing this package imports torch and numpy, nothing else.
 """
 
 from . import functional as functional
-from . import integrations as integrations
 from ._version import __version__ as __version__
-from .detector import Pixels as Pixels
+from .detectors import Pixels as Pixels
 from .distiller import Distiller as Distiller
 from .hooks import FeatureTap as FeatureTap
 from .hooks import Pyramid as Pyramid

@@ -6,7 +6,7 @@ wait, so they are done once, by :class:`global_kd.Targets`.
 """
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -93,6 +93,15 @@ def not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, but got {value!r}")
 
 
+def count(name: str, value: object) -> None:
+    """A whole number > 0, or ``None``."""
+    if value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number or None, but got {value!r}")
+    positive(name, int(value))
+
+
 def class_names(names: Sequence[str] | None, num_classes: int) -> None:
     """One string per class, or ``None``."""
     if names is None:
@@ -114,6 +123,19 @@ def boxes(boxes: Tensor, image_index: Tensor) -> None:
     tensor("image_index", image_index, 1, "(R,)")
     integer("image_index", image_index)
     length("image_index", image_index, boxes.shape[0])
+
+
+def same_maps(student: Tensor, teacher: Tensor) -> None:
+    """Maps ``(B, C, H, W)`` of one shape."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        tensor(name, x, 4, "(B, C, H, W)")
+        floating(name, x)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student: expected the teacher's shape {tuple(teacher.shape)}, but got "
+            f"{tuple(student.shape)}; give the loss an adapter"
+        )
+    same_device(student=student, teacher=teacher)
 
 
 def paired_rows(student: Tensor, teacher: Tensor, last: str = "C") -> None:

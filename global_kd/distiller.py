@@ -1,35 +1,29 @@
-"""Two detectors and one loss: named terms at every step."""
+"""Two detectors and the losses between them: named terms at every step."""
+
+from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
-from .detector import (
-    Detector,
-    Look,
-    ModuleDetector,
-    Pixels,
-    Seen,
-    View,
-    detector_of,
-    fingerprint,
-    translate,
-)
-from .doctor import NOTHING_DISTILLED, Report, examine
-from .hooks import FeatureTap, evaluating, infer_strides, sharded_modules, unwrap
-from .instances import pool_levels
-from .losses.global_knowledge import GlobalKnowledgeLoss
-from .prototypes.adoption import Adoption
-from .prototypes.bank import PrototypeBank, refuse_other
-from .prototypes.teacher_rows import TeacherRows
-from .pyramid import align_levels, pair_levels
+from .detectors import Detector, Look, ModuleDetector, Pixels, Seen, detector_of
+from .doctor import Report, examine
+from .hooks import FeatureTap, evaluating, unwrap
+from .losses.base import DistillLoss, Levels
+from .pair import Pair
+from .prototypes.bank import PrototypeBank
+from .prototypes.passes import Passes
+from .step import FACTS, Step
 from .targets import Targets
 
 _STEPS_UNTIL_WARNING = 64
+# The field of a step that holds a fact.
+_FIELDS = {"boxes": "dense", "bins": "dense", "proposals": "positives"}
 
 
 class Distiller(nn.Module):
@@ -37,16 +31,14 @@ class Distiller(nn.Module):
 
     The student is not wrapped: hooks read its features while your code trains it, and
     :meth:`detach` takes them off. The teacher is no submodule; it is put in eval mode at every
-    step and runs without gradient, no further than needed. This module owns only what the loss
-    owns: adapters (``kd.parameters()`` belong into the optimizer), prototypes, and the step.
+    step and runs without gradient, no further than needed. This module owns only what the losses
+    own: adapters (``kd.parameters()`` belong into the optimizer), prototypes, and the step.
 
     Args:
         student: The detector in training, bare, in DDP or compiled later.
         teacher: The trained detector, of the same framework or another. Compile in place what runs
             of it (``teacher.backbone.compile()``): the wrapper of ``torch.compile`` is taken off.
-        loss: What to distil; its levels and channels are found in one dry pass.
-        boxes: On which boxes a two-stage student learns: ``"proposals"``, its own sampled
-            positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
+        losses: What to distil: one loss or several; levels and channels are found in one dry pass.
         student_path: Module that puts out the student's pyramid; not needed for detectors of a
             framework known here (docs/detectors.md lists them).
         teacher_path: Likewise.
@@ -56,7 +48,11 @@ class Distiller(nn.Module):
         teacher_pixels: Likewise. The teacher sees the student's images in its own format.
         teacher_scale: Side of the teacher's input in units of the student's: 2 shows the teacher
             twice the resolution. Levels are paired by their stride in the student's pixels. There
-            are no soft labels unless it is 1.
+            are no soft labels on positives unless it is 1.
+
+    Raises:
+        ValueError: A fact that a loss needs and this pair of detectors cannot give; levels that do
+            not pair; two losses of one name.
 
     Example:
         >>> import torch
@@ -80,13 +76,14 @@ class Distiller(nn.Module):
         >>> sum(terms.values()).backward()
     """
 
+    losses: nn.ModuleDict
+
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: GlobalKnowledgeLoss,
+        losses: DistillLoss | Iterable[DistillLoss],
         *,
-        boxes: str = "proposals",
         student_path: str | None = None,
         teacher_path: str | None = None,
         example_inputs: Sequence[Any] | None = None,
@@ -95,9 +92,8 @@ class Distiller(nn.Module):
         teacher_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check.one_of("boxes", boxes, ("proposals", "ground_truth"))
         _check.positive("teacher_scale", teacher_scale)
-        self._boxes, self._scale = boxes, teacher_scale
+        named = _by_name(losses)
         # In a tuple, so that neither becomes a submodule of this one.
         self._models = (unwrap(student), unwrap(teacher))
         where = [next((p.device for p in m.parameters()), None) for m in self._models]
@@ -105,39 +101,45 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"teacher: expected the student's device {where[0]}, but got {where[1]}"
             )
-        self._student = _reader("student", self._models[0], student_path, example_inputs)
+        mine = _reader("student", self._models[0], student_path, example_inputs)
         if student_pixels is not None:
-            self._student.pixels = student_pixels
-        with torch.no_grad(), evaluating(self._models[0]):
-            seen = self._student.look(self._student.example())
-        # FSDP2 keeps its root's parameters whole until a backward, which does not come here; an
-        # optimizer made now would be given those, and they do not stay.
-        for module in sharded_modules(self._models[0]):
-            module.reshard()
-        images = (seen.view.images,)
-        self._teacher = _reader("teacher", self._models[1], teacher_path, images)
+            mine.pixels = student_pixels
+        images = (_example(mine),)
+        theirs = _reader("teacher", self._models[1], teacher_path, images)
         if teacher_pixels is not None:
-            self._teacher.pixels = teacher_pixels
-        with torch.no_grad(), evaluating(self._models[1]):
-            looked = self._look(seen.view)
-        self._strides = (
-            _strides(seen),
-            [stride / teacher_scale for stride in _strides(looked)],
-        )
-        pairs = pair_levels(*self._strides)
-        self._levels = [i for i, _ in pairs], [j for _, j in pairs]
-        loss.build(
-            [seen.maps[i].shape[1] for i in self._levels[0]],
-            [looked.maps[j].shape[1] for j in self._levels[1]],
-            [self._strides[0][i] for i in self._levels[0]],
-            activation=self._student.activation,
-        )
-        self.loss = loss.to(where[0])
-        self._tap = FeatureTap(student, self._student.taps, inputs=self._student.inputs)
+            theirs.pixels = teacher_pixels
+        self._pair = Pair(mine, theirs, self._models, teacher_scale)
+        self._facts = {name: self._facts_for(loss, named) for name, loss in named.items()}
+        strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
+        for loss in named.values():
+            loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
+        self.losses = nn.ModuleDict(named).to(where[0])
+        self._passes: Passes | None = None
+        if (keeper := self._keeper) is not None:
+            self._passes = Passes(keeper.generator, keeper.bank, strides, keeper.refresh)
+        self._wanted = frozenset[str]().union(*self._facts.values())
+        self._tap = FeatureTap(student, self._pair.taps(self._wanted), inputs=mine.inputs)
         self._adapter_versions: dict[str, int] = {}
-        self._teacher_rows: TeacherRows | None = None
         self._calls = 0
         self._told_of_gradients = False
+
+    @property
+    def _keeper(self) -> DistillLoss | None:
+        """The loss that keeps prototypes."""
+        each: Iterable[Any] = self.losses.values()
+        return next((loss for loss in each if loss.keeps_prototypes), None)
+
+    @property
+    def loss(self) -> Any:
+        """The loss, where there is one; of several the one that keeps prototypes."""
+        if len(self.losses) == 1:
+            return next(iter(self.losses.values()))
+        if self._keeper is not None:
+            return self._keeper
+        raise AttributeError(
+            f"loss: expected one loss, but there are {len(self.losses)}; take one of "
+            f"kd.losses: {', '.join(self.losses)}"
+        )
 
     def forward(self, images: Any, targets: Any = None) -> dict[str, Tensor]:
         """The terms of this step, after the student's own forward ran in training mode.
@@ -156,89 +158,104 @@ class Distiller(nn.Module):
             ValueError: A tap that did not fire exactly once since the student's forward began, in
                 the first step a bank with another teacher's prototypes, and whatever does not fit.
         """
-        if not self.loss.active:
+        active = [name for name, loss in self._each() if loss.active]
+        if not active:
             return {}
         self._models[1].eval()
-        seen = self._student.read(self._tap.read(), images, targets, self.shares_logits)
+        facts = frozenset[str]().union(*(self._facts[name] for name in active))
+        seen = self._pair.read(self._tap.read(), images, targets, facts)
         with torch.no_grad():
-            looked = self._look(seen.look.view)
+            looked = self._pair.look(seen.look.view)
         if self._calls == 0:
-            self._check_values(seen)
-            if self.training and self.loss.rdm.uses_prototypes:
-                self._sign_bank()
+            self._check_values(seen, looked)
         self._watch_gradients(seen.look.maps)
-        terms = self._pass_on(self.loss, seen, looked)
+        terms = self._pass_on(dict(self._each()), seen, looked)
         if self._calls == 0 and not terms:
-            warnings.warn(f"Distiller: {NOTHING_DISTILLED}", stacklevel=2)
+            warnings.warn(f"Distiller: {self.nothing_distilled()}", stacklevel=2)
         self._watch_adapters()
         return terms
 
-    @property
-    def shares_logits(self) -> bool:
-        """Whether there are soft labels: a weight, heads of one kind, images of one scale.
+    def _each(self) -> list[tuple[str, DistillLoss]]:
+        """By name; the one that keeps prototypes first, since others may ask for its weights."""
+        each: list[tuple[str, Any]] = sorted(
+            self.losses.items(), key=lambda item: item[1] is not self._keeper
+        )
+        return each
 
-        Raises:
-            ValueError: Heads of one kind with unlike numbers of classes.
-        """
-        student, teacher = self._student, self._teacher
-        if self.loss.rdm.logits == 0 or self._scale != 1 or student.kind is None:
-            return False
-        if student.kind != teacher.kind:
-            return False
-        mine, theirs = student.num_logits, teacher.num_logits
-        if mine is not None and theirs is not None and mine != theirs:
+    def _pass_on(
+        self, losses: Mapping[str, DistillLoss], seen: Seen, looked: Look
+    ) -> dict[str, Tensor]:
+        """One batch through losses of these names, the keeper of prototypes first."""
+        active = {name: loss for name, loss in losses.items() if loss.active}
+        facts = frozenset[str]().union(*(self._facts[name] for name in active))
+        step = self._pair.step(seen, looked, facts)
+        terms: dict[str, Tensor] = {}
+        keeper = next((loss for loss in losses.values() if loss.keeps_prototypes), None)
+        for name, loss in active.items():
+            if "omega" in self._facts[name] and step.omega is None and keeper is not None:
+                omega = keeper.weigh(step.student, step.teacher, seen.truth)
+                step = replace(step, omega=omega)
+            terms |= loss(step.student, step.teacher, step.targets, **self._given(step, name))
+        return terms
+
+    def _given(self, step: Step, name: str) -> dict[str, Any]:
+        """The facts of a step that one loss asked for."""
+        fields = {_FIELDS.get(fact, fact) for fact in self._facts[name]} - {"targets", "priors"}
+        if "priors" in self._facts[name]:
+            fields.add("student_dense")
+        return {field: getattr(step, field) for field in fields}
+
+    def _facts_for(self, loss: DistillLoss, losses: Mapping[str, DistillLoss]) -> frozenset[str]:
+        """What a loss gets here: all that it needs, and of its wishes what there is."""
+        refused = dict(self._pair.refusals)
+        if not any(x.keeps_prototypes for x in losses.values()):
+            refused["omega"] = "no loss beside it keeps prototypes; add a GlobalKnowledgeLoss"
+        for fact in sorted(loss.needs):
+            if fact in refused:
+                able = sorted(
+                    method.__name__
+                    for method in all_methods(DistillLoss)
+                    if not method.needs & refused.keys()
+                )
+                raise ValueError(
+                    f"losses: {type(loss).__name__} needs {fact} ({FACTS[fact]}), but "
+                    f"{refused[fact]}. What this pair can give is enough for "
+                    f"{', '.join(able) or 'no loss that is imported'}"
+                )
+        if "positives" in loss.wishes and self._pair.unlike_classes:
             raise ValueError(
-                f"teacher: expected {mine} class logits like the student's, but got {theirs}; soft "
-                "labels need the same classes, or switch them off with logits=0"
+                f"teacher: expected {self._pair.student.num_logits} class logits like the "
+                f"student's, but got {self._pair.teacher.num_logits}; soft labels need the same "
+                "classes, or switch them off with logits=0"
             )
-        return True
+        return loss.needs | (loss.wishes - refused.keys())
 
-    def _look(self, view: View) -> Look:
-        """The teacher's maps of what the student saw."""
-        view = translate(view, self._student.pixels, self._teacher, scale=self._scale)
-        return self._teacher.look(view)
-
-    def _pass_on(self, loss: GlobalKnowledgeLoss, seen: Seen, looked: Look) -> dict[str, Tensor]:
-        positives, targets, instances = seen.positives, seen.truth, None
-        soft: dict[str, Tensor | None] = {}
-        if positives is not None:
-            box = positives.box
-            if self._boxes == "proposals" and positives.proposals is not None:
-                targets, instances = positives.proposals, seen.truth
-                box = torch.arange(len(targets), device=box.device)
-            if positives.logits is not None and self.shares_logits:
-                with torch.no_grad():
-                    theirs, rows = self._teacher.soft_labels(looked, positives)
-                mine = positives.logits
-                if rows is not None:
-                    mine, box = mine[rows], box[rows]
-                soft = {"student_logits": mine, "teacher_logits": theirs, "logit_box": box}
-        return loss(  # type: ignore[no-any-return]
-            *self._paired(seen.look, looked), targets, instances=instances, **soft
+    def nothing_distilled(self) -> str:
+        """Why there was no term, as a sentence."""
+        refused = self._pair.refusals
+        wished = {fact for _, loss in self._each() for fact in loss.wishes}
+        why = "; ".join(f"no {fact}: {refused[fact]}" for fact in sorted(wished & refused.keys()))
+        return (
+            f"no loss put out a term, so nothing is distilled ({why or 'all weights are 0'}); give "
+            "a weight to a term that needs feature maps only, such as foreground or background"
         )
 
-    def _paired(self, seen: Look, looked: Look) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [
-            align_levels(seen.maps[i], looked.maps[j], self._strides[0][i], self._strides[1][j])
-            for i, j in zip(*self._levels, strict=True)
-        ]
-        return [s for s, _ in pairs], [t for _, t in pairs]
-
-    def _check_values(self, seen: Seen) -> None:
+    def _check_values(self, seen: Seen, looked: Look) -> None:
         """Once, on any device: later steps on an accelerator only look at shapes."""
-        proposals = seen.positives.proposals if seen.positives is not None else None
-        for targets in (seen.truth, proposals):
-            if targets is not None:
-                targets.validate(
-                    num_classes=self.loss.generator.num_classes, num_images=len(seen.look.maps[0])
-                )
+        proposals = seen.sampled.proposals if seen.sampled is not None else None
+        for _, loss in self._each():
+            loss.check_values(seen.truth, proposals, len(seen.look.maps[0]))
+        keeper = self._keeper
+        if self.training and self._passes and keeper is not None and keeper.uses_prototypes:
+            self._passes.sign(self._pair.signature())
 
     def _watch_gradients(self, maps: Sequence[Tensor]) -> None:
         """Once: terms from which the student learns nothing."""
-        rdm = self.loss.rdm
         if self._told_of_gradients or not (self.training and torch.is_grad_enabled()):
             return
-        if any(x.requires_grad for x in maps) or not (rdm.imitates or rdm.relation > 0):
+        if any(x.requires_grad for x in maps):
+            return
+        if not any(loss.uses_maps for loss in self.losses.values()):
             return
         if not any(p.requires_grad for p in self._models[0].parameters()):
             return
@@ -246,8 +263,8 @@ class Distiller(nn.Module):
         warnings.warn(
             "Distiller: the student's feature maps carry no gradient, so imitation and relation "
             "teach it nothing. Run its training forward outside torch.no_grad(), and checkpoint "
-            f"what puts out {', '.join(self._student.taps.values())} with use_reentrant=False. "
-            "If these layers are frozen on purpose, ignore this",
+            f"what puts out {', '.join(self._pair.student.taps.values())} with "
+            "use_reentrant=False. If these layers are frozen on purpose, ignore this",
             stacklevel=3,
         )
 
@@ -255,7 +272,7 @@ class Distiller(nn.Module):
         self._calls += self.training
         if self._calls not in (1, _STEPS_UNTIL_WARNING):
             return
-        versions = {n: p._version for n, p in self.loss.named_parameters()}
+        versions = {n: p._version for n, p in self.losses.named_parameters()}
         if self._calls == 1:
             self._adapter_versions = versions
         elif versions and versions == self._adapter_versions:
@@ -293,17 +310,14 @@ class Distiller(nn.Module):
             >>> kd.check(images, targets, optimizer=optimizer)  # doctest: +SKIP
         """
         report = examine(
-            self._models,
-            (self._student, self._teacher),
-            self.loss,
+            self._pair,
+            dict(self._each()),
             self._tap,
-            self._look,
             self._pass_on,
-            self._levels,
+            self._wanted,
             images,
             targets,
-            soft=self.shares_logits,
-            scale=self._scale,
+            nothing_distilled=self.nothing_distilled,
             optimizer=optimizer,
             detection_loss=detection_loss,
         )
@@ -313,7 +327,10 @@ class Distiller(nn.Module):
 
     def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
         """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`."""
-        return self.loss.telemetry(detection_loss)
+        numbers: dict[str, float] = {}
+        for _, loss in self._each():
+            numbers |= loss.telemetry(detection_loss)
+        return numbers
 
     @torch.no_grad()
     def weigh(self, images: Any, targets: Any = None) -> tuple[Targets, Tensor]:
@@ -322,10 +339,12 @@ class Distiller(nn.Module):
         Returns:
             The boxes in pixels of the network input, and omega ``(L, R)`` for them.
         """
+        self._with_prototypes()
+        assert self._keeper is not None
         with evaluating(*self._models):
-            seen = self._student.observe(images, targets)
-            pair = self._paired(seen.look, self._look(seen.look.view))
-        return seen.truth, self.loss.weigh(*pair, seen.truth)
+            seen = self._observe(images, targets)
+            pair = seen.both()
+        return seen.truth, self._keeper.weigh(*pair, seen.truth)
 
     @torch.no_grad()
     def refresh(self, loader: Iterable[Any], *, progress: bool = True) -> None:
@@ -343,41 +362,9 @@ class Distiller(nn.Module):
         bank that are not this teacher's. Collective under ``torch.distributed``: each rank reads
         its share, all end with the prototypes of the whole.
         """
-        generator, strides = self.loss.generator, self.loss.rdm.strides
-        signature = self._signature()
-        kept = self._teacher_rows
-        if kept is not None and kept.signature != signature:
-            kept = None
-        generator.reset(None if kept is None else kept.turn)
-        compared, device = False, self.loss.bank.student.device
+        passes = self._with_prototypes()
         with evaluating(*self._models):
-            for batch in _with_progress(loader) if progress else loader:
-                seen = self._student.observe(*_arguments(batch, device))
-                rows = kept.of(seen.truth, generator) if kept is not None else None
-                if rows is not None and compared:
-                    maps = [seen.look.maps[i] for i in self._levels[0]]
-                    generator.add(pool_levels(maps, seen.truth, strides), rows, seen.truth)
-                    continue
-                mine, theirs = (
-                    pool_levels(maps, seen.truth, strides)
-                    for maps in self._paired(seen.look, self._look(seen.look.view))
-                )
-                if rows is not None and rows.isfinite().any():
-                    compared = True
-                    if not _alike(rows, theirs):
-                        kept = None
-                        warnings.warn(
-                            "refresh: the teacher sees the first batch otherwise than in the last "
-                            "pass, so its rows of that pass are not used; a loader without random "
-                            "augmentation saves the teacher's work",
-                            stacklevel=2,
-                        )
-                generator.add(mine, theirs, seen.truth)
-        self._teacher_rows = TeacherRows(generator, signature)
-        if self.loss.bank.teacher_fingerprint != signature:  # no mixture of two teachers
-            self.loss.bank.clear()
-            self.loss.bank.teacher_fingerprint = signature
-        self.loss.refresh()
+            passes.refresh(loader, self._observe, self._pair.signature(), progress=progress)
 
     @torch.no_grad()
     def adopt(self, bank: PrototypeBank, loader: Iterable[Any], *, progress: bool = True) -> None:
@@ -408,88 +395,78 @@ class Distiller(nn.Module):
         Example:
             >>> kd.adopt(PrototypeBank.load("bank.safetensors"), loader)  # doctest: +SKIP
         """
-        self._refuse_stranger(bank)
-        adoption, device = Adoption(bank, self.loss.bank), self.loss.bank.student.device
+        passes = self._with_prototypes()
         with evaluating(self._models[0]):
-            for batch in _with_progress(loader) if progress else loader:
-                seen = self._student.observe(*_arguments(batch, device))
-                if not len(seen.truth):
-                    continue
-                if seen.truth.ids is None:
-                    raise ValueError(
-                        "loader: expected targets with ids, by which the instances behind the "
-                        "prototypes are found, but got some without"
-                    )
-                # The student's whole grids: where the teacher's are a cell smaller, only a box that
-                # reaches into that last cell is pooled otherwise than in training.
-                maps = [seen.look.maps[i] for i in self._levels[0]]
-                adoption.offer(maps, seen.truth, seen.truth.ids, self.loss.rdm.strides)
-                if not adoption.missing:
-                    break
-        wanted, missing = len(adoption), adoption.missing
-        if missing == wanted:
-            ids = bank.ids[bank.valid]
-            raise ValueError(
-                f"loader: expected instances of the bank (ids between {int(ids.min())} and "
-                f"{int(ids.max())}, with the class of their prototype), but got none"
-            )
-        if missing:
-            warnings.warn(
-                f"adopt: {missing} of {wanted} prototypes of the bank are dropped, since the "
-                "loader did not bring their instances",
-                stacklevel=2,
-            )
-        adoption.fill()
+            passes.adopt(bank, loader, self._observe, self._pair.signature(), progress=progress)
 
-    def _signature(self) -> str:
-        """What the teacher's features depend on: its weights, where they are read, its scale."""
-        parts = [fingerprint(self._models[1])]
-        if isinstance(self._teacher, ModuleDetector):
-            parts.append(f"at {self._teacher.taps['features']}")
-        if self._scale != 1:
-            parts.append(f"scale {self._scale:g}")
-        return ", ".join(parts)
-
-    def _sign_bank(self) -> None:
-        """Before training: prototypes to come are this teacher's, and so must those there be."""
-        bank, signature = self.loss.bank, self._signature()
-        if not bank.valid.any():
-            bank.teacher_fingerprint = signature
-        elif bank.teacher_fingerprint not in (None, signature):
+    def _with_prototypes(self) -> Passes:
+        if self._passes is None:
             raise ValueError(
-                f"teacher: expected that of the prototypes in the bank, "
-                f"{bank.teacher_fingerprint!r}, but got {signature!r}; kd.loss.bank.clear() "
-                "forgets them, kd.refresh(loader) makes new ones"
+                "losses: expected one that keeps prototypes (GlobalKnowledgeLoss), but got "
+                f"{', '.join(self.losses)}"
             )
+        return self._passes
 
-    def _refuse_stranger(self, bank: PrototypeBank) -> None:
-        """Raise where the teacher rows of a bank would mean something else here."""
-        own = self.loss.bank
-        if not isinstance(bank, PrototypeBank):
-            raise TypeError(f"bank: expected a PrototypeBank, but got {type(bank).__name__}")
-        mine, theirs = own.get_extra_state(), bank.get_extra_state()
-        for name, expected, came in (
-            ("teacher", self._signature(), bank.teacher_fingerprint),
-            ("strides", mine["strides"], theirs["strides"]),
-            ("levels", own.valid.shape[0], bank.valid.shape[0]),
-            ("classes", own.valid.shape[1], bank.valid.shape[1]),
-            ("teacher channels", own.teacher.shape[-1], bank.teacher.shape[-1]),
-        ):
-            if came != expected:
-                raise ValueError(f"bank: expected {name} {expected!r}, but got {came!r}")
-        refuse_other(mine, theirs, "bank: ")
-        without = int((bank.valid & (bank.ids < 0)).sum())
-        if without or not bank.valid.any():
-            raise ValueError(
-                "bank: expected prototypes with the ids of their instances (Targets(ids=...), or "
-                f"'ids' beside 'boxes'), but got {int(bank.valid.sum())}, {without} without"
-            )
+    def _observe(self, images: Any, targets: Any) -> _Observed:
+        return _Observed(self._pair, self._pair.student.observe(images, targets))
 
     def detach(self) -> None:
         """Take all hooks off both detectors; nothing else was changed."""
         self._tap.remove()
-        self._student.detach()
-        self._teacher.detach()
+        self._pair.student.detach()
+        self._pair.teacher.detach()
+
+
+class _Observed:
+    """A batch of a loader as the student sees it in eval mode, and the teacher if need be."""
+
+    def __init__(self, pair: Pair, seen: Seen) -> None:
+        self._pair, self._seen = pair, seen
+        self.truth: Targets = seen.truth
+        self.student = [seen.look.maps[i] for i in pair.levels[0]]
+
+    def both(self) -> tuple[list[Tensor], list[Tensor]]:
+        look = self._seen.look
+        return self._pair.maps(look, self._pair.look(look.view))
+
+
+def all_methods(base: type[DistillLoss]) -> Iterable[type[DistillLoss]]:
+    """Every loss that is imported."""
+    for method in base.__subclasses__():
+        yield method
+        yield from all_methods(method)
+
+
+def _by_name(losses: Any) -> dict[str, DistillLoss]:
+    """One loss or several, by their names."""
+    several = [losses] if isinstance(losses, (DistillLoss, type)) else losses
+    if isinstance(several, (nn.Module, str)) or not isinstance(several, Iterable):
+        several = [losses]
+    several = list(several)
+    named: dict[str, DistillLoss] = {}
+    for loss in several:
+        if isinstance(loss, type) and issubclass(loss, DistillLoss):
+            raise TypeError(
+                f"losses: expected a loss, but got its class; write {loss.__name__}(...)"
+            )
+        if not isinstance(loss, DistillLoss):
+            raise TypeError(
+                "losses: expected a loss of global_kd, or a list of them, after student and "
+                f"teacher, but got {type(loss).__name__}"
+            )
+        if loss.name in named:
+            raise ValueError(
+                f"losses: expected one {loss.name!r}, but got two: their terms would have one name"
+            )
+        named[loss.name] = loss
+    if not named:
+        raise ValueError("losses: expected at least one loss, but got none")
+    return named
+
+
+def _example(student: Detector) -> Any:
+    """What a teacher of no known framework is tried with."""
+    return student.example().images
 
 
 def _reader(
@@ -504,43 +481,3 @@ def _reader(
             f"find_pyramids finds the module that puts out its feature maps, {name}_path"
         )
     return ModuleDetector(model, path, example_inputs, argument=f"{name}_path")
-
-
-def _alike(rows: Tensor, others: Tensor) -> bool:
-    """Whether rows ``(L, R, C)`` are the same up to rounding; rows of NaN are not compared."""
-    known = rows.isfinite().all(dim=2)
-    a, b = rows[known], others[known].to(rows)
-    return bool(((a - b).norm(dim=1) <= 0.01 * a.norm(dim=1)).all())
-
-
-def _strides(look: Look) -> list[float]:
-    sizes = [(x.shape[2], x.shape[3]) for x in look.maps]
-    return list(infer_strides(look.view.size, sizes))
-
-
-def _arguments(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """Images and targets of a loader's batch; ``None`` for the latter where it is all in one."""
-    batch = _moved(batch, device)
-    if isinstance(batch, (list, tuple)) and not all(isinstance(x, Mapping) for x in batch):
-        images, targets = batch
-        return images, targets
-    return batch, None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors in containers on a device, as a loader of worker processes does not have them."""
-    if isinstance(value, (Tensor, Targets)):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(x, device) for key, x in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_moved(x, device) for x in value)
-    return value
-
-
-def _with_progress(loader: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:  # a bar is a comfort, not a dependency
-        return loader
-    return tqdm(loader, desc="prototypes", leave=False)  # type: ignore[no-any-return]

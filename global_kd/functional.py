@@ -7,6 +7,7 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 from .instances import pool_boxes
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
+from .losses.pkd import pkd_loss
 from .losses.relation import relation_loss
 from .prototypes.select import density_candidates, select_prototypes
 from .robust import robust_weights
@@ -15,6 +16,7 @@ __all__ = [
     "density_candidates",
     "imitation_loss",
     "logit_loss",
+    "pkd_loss",
     "pool_boxes",
     "relation_loss",
     "robust_weights",

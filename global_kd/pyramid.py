@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from . import _check
 
-ADAPTERS = ("conv3x3", "conv1x1", "identity")
+ADAPTERS = ("conv3x3", "conv1x1", "match", "projector", "identity")
 
 
 def pair_levels(
@@ -80,10 +80,12 @@ def align_levels(
 def build_adapters(
     kind: str, student_channels: Sequence[int], teacher_channels: Sequence[int], seed: int = 0
 ) -> nn.ModuleList:
-    """One linear channel adapter per level, student to teacher channels, no activation.
+    """One channel adapter per level, student to teacher channels.
 
-    ``"conv3x3"`` (the paper's), ``"conv1x1"`` (a ninth of its cost) or ``"identity"``. The global
-    random state stays as it is: adding distillation must not change the student's own randomness.
+    ``"conv3x3"`` (that of global knowledge), ``"conv1x1"`` (a ninth of its cost), ``"match"``
+    (1x1 where channels differ, nothing where they do not), ``"projector"`` (1x1, ReLU, 1x1; the
+    only one that is not linear) or ``"identity"``. The global random state stays as it is: adding
+    distillation must not change the student's own randomness.
     """
     _check.one_of("adapter", kind, ADAPTERS)
     pairs = list(zip(student_channels, teacher_channels, strict=True))
@@ -96,9 +98,18 @@ def build_adapters(
                 )
         return nn.ModuleList(nn.Identity() for _ in pairs)
     size = 3 if kind == "conv3x3" else 1
+
+    def adapter(cs: int, ct: int) -> nn.Module:
+        if kind == "match" and cs == ct:
+            return nn.Identity()
+        conv = nn.Conv2d(cs, ct, size, padding=size // 2)
+        if kind != "projector":
+            return conv
+        return nn.Sequential(conv, nn.ReLU(), nn.Conv2d(ct, ct, 1))
+
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs, too
-        return nn.ModuleList(nn.Conv2d(cs, ct, size, padding=size // 2) for cs, ct in pairs)
+        return nn.ModuleList(adapter(cs, ct) for cs, ct in pairs)
 
 
 def check_pyramids(

@@ -179,7 +179,7 @@ OTHERS = {
 SETTINGS = {  # options of the loss, and of the Distiller
     "defaults": ({}, {}),
     "paper": ({**PAPER, "finest_scale": 12}, {}),
-    "others": (OTHERS, {"boxes": "ground_truth"}),
+    "others": ({**OTHERS, "boxes": "ground_truth"}, {}),
 }
 
 # --- recording ---------------------------------------------------------------------------------

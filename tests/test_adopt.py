@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeBank
-from global_kd.detector import fingerprint
+from global_kd.detectors import fingerprint
 from global_kd.functional import pool_boxes
 
-from .integrations.detectors import detector, scenes
+from .detectors.detectors import detector, scenes
 from .test_distiller import BOXES, IMAGES
 from .test_distiller import Detector as HomeMade
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
-from global_kd.distiller import _arguments
+from global_kd.prototypes.passes import batch_arguments
 
 
 class Detector(nn.Module):
@@ -101,11 +101,11 @@ def test_a_student_compiled_after_attaching(backend):
 
 def test_state_dict_holds_the_loss_alone():
     student, teacher, kd = make()
-    assert {k.split(".")[0] for k in kd.state_dict()} == {"loss"}
+    assert {k.split(".")[0] for k in kd.state_dict()} == {"losses"}
     assert not {id(p) for p in kd.parameters()} & {
         id(p) for m in (student, teacher) for p in m.parameters()
     }
-    assert [n for n, _ in kd.named_children()] == ["loss"]
+    assert [n for n, _ in kd.named_children()] == ["losses"]
 
 
 def test_what_does_not_fit_is_named():
@@ -220,7 +220,7 @@ def test_a_named_module_is_read_at_its_output_if_that_is_maps(kind, widths, path
 
 def test_batches_of_a_loader_go_to_the_models_device():
     batch = ([torch.rand(3, 4, 4)], [{"boxes": torch.rand(1, 4), "name": "a"}])
-    (image,), (target,) = _arguments(batch, torch.device("meta"))
+    (image,), (target,) = batch_arguments(batch, torch.device("meta"))
     assert image.device.type == target["boxes"].device.type == "meta" and target["name"] == "a"
     packed = Targets.from_list(BOXES)
-    assert _arguments((IMAGES, packed), torch.device("meta"))[1].labels.device.type == "meta"
+    assert batch_arguments((IMAGES, packed), torch.device("meta"))[1].labels.device.type == "meta"

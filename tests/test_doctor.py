@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
-from global_kd.detector import Detections
+from global_kd.detectors import Detections
 from tests.small_loss import small_loss
 
-from .integrations.detectors import detector, scenes
+from .detectors.detectors import detector, scenes
 from .test_distiller import IMAGES, Detector
 
 K = 4
@@ -36,7 +36,7 @@ TARGETS = Targets(BOXES, LABELS, IMAGE)
 
 def seen_by_teacher(kd, boxes=BOXES, labels=LABELS):
     """Let the teacher find these objects."""
-    kd._teacher.detections = lambda view: [
+    kd._pair.teacher.detections = lambda view: [
         Detections(boxes[mine], torch.ones(int(mine.sum())), labels[mine])
         for mine in (IMAGE == torch.arange(2)[:, None])  # noqa: SIM300 - a constant in capitals
     ]
@@ -151,7 +151,7 @@ def test_optimizer_mistakes():
 
 def test_a_teacher_that_detects_nothing_or_less():
     _, _, kd = home_made()
-    kd._teacher.detections = lambda view: (
+    kd._pair.teacher.detections = lambda view: (
         [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))] * 2
     )
     assert "the teacher detects nothing on this batch: load its trained weights" in " ".join(
@@ -269,7 +269,7 @@ def test_a_hundred_detections_find_every_box():
     grid = torch.cartesian_prod(*[torch.arange(0.0, 96, 12)] * 2)
     everywhere = torch.cat([grid, grid + 40], dim=1)
     n = len(everywhere)
-    kd._teacher.detections = lambda view: (
+    kd._pair.teacher.detections = lambda view: (
         [Detections(everywhere, torch.linspace(1, 0.5, n), torch.ones(n, dtype=torch.int64))] * 2
     )
     assert "read as" not in " ".join(problems(kd, Targets(BOXES / 2, LABELS, IMAGE)))

@@ -59,22 +59,25 @@ RANK = {
     "ops": 1,
     "targets": 2,
     "pyramid": 2,
+    "step": 3,
+    "detectors": 3,
     "instances": 3,
     "prototypes": 4,
     "robust": 5,
     "losses": 6,
     "functional": 7,  # re-exports the pure core
-    "detector": 8,
+    "pair": 8,
     "doctor": 9,
     "distiller": 10,
-    "integrations": 11,
+    "trainers": 11,
 }
 ALONE = {"hooks", "schedules"}  # import no other room
 USERS = {
-    "hooks": {"detector", "doctor", "distiller", "integrations"},
+    "detectors": {"pair", "doctor", "distiller", "trainers"},  # losses know no framework
+    "hooks": {"detectors", "pair", "doctor", "distiller", "trainers"},
     "schedules": {"losses", "distiller"},
 }
-# The third parties of every room. Inside a function only: frameworks in integrations, comforts
+# The third parties of every room. Inside a function only: frameworks in detectors, comforts
 # anywhere. Triton only by its twins, which ops import late.
 THIRD_PARTIES = {"torch", "numpy"}
 COMFORTS = {"tqdm", "safetensors"}
@@ -124,7 +127,7 @@ def wrong_arrows(sources: dict[str, tuple[str, bool]]) -> list[str]:
         for name, inside in imports(source, module, is_package, set(sources)):
             top = name.split(".")[0]
             if top != "global_kd":
-                late = inside and (here == "integrations" or top in COMFORTS)
+                late = inside and (here in ("detectors", "trainers") or top in COMFORTS)
                 late = late or (top == "triton" and module.startswith("global_kd.ops._triton"))
                 if top not in sys.stdlib_module_names | THIRD_PARTIES and not late:
                     wrong.append(f"{module} imports {name}: a third party")
@@ -162,7 +165,7 @@ def complaints_about(module: str, source: str) -> list[str]:
 
 
 def test_imports_point_one_way():
-    """integrations, distiller, losses, robust, prototypes, instances, pyramid and targets, ops."""
+    """The map of CONTRIBUTING.md: trainers at the top, ops at the bottom."""
     assert wrong_arrows(package_sources()) == []
 
 
@@ -177,10 +180,11 @@ def test_imports_point_one_way():
         pytest.param("global_kd.hooks", "from .targets import Targets", "alone", id="hooks"),
         pytest.param("global_kd.schedules", "from .ops import cells", "alone", id="schedules"),
         pytest.param("global_kd.ops.x", "from ..hooks import FeatureTap", "only", id="of hooks"),
+        pytest.param("global_kd.losses.x", "from .. import detectors", "only", id="of detectors"),
         pytest.param("global_kd.robust", "from global_kd import Targets", "itself", id="circular"),
         pytest.param("global_kd.losses.x", "import torchvision", "third party", id="framework"),
         pytest.param(
-            "global_kd.integrations.x", "import torchvision", "third party", id="framework early"
+            "global_kd.detectors.x", "import torchvision", "third party", id="framework early"
         ),
         pytest.param("global_kd.utils", "", "not on the map", id="a room without a noun"),
     ],
@@ -195,7 +199,7 @@ def test_that_the_arrow_test_can_fail(module, source, complaint):
     [
         pytest.param("global_kd.losses.x", "from ..schedules import Schedule", id="schedules"),
         pytest.param(
-            "global_kd.integrations.x",
+            "global_kd.detectors.x",
             "def f():\n    import torchvision\n    from ..hooks import FeatureTap",
             id="a framework when it is in hand",
         ),
@@ -242,6 +246,7 @@ SIGNATURES = {
         "(student, teacher, weights=None, *, "
         "temperature=2.0, activation='softmax', class_reduction='mean')"
     ),
+    "pkd_loss": "(student, teacher)",
     "pool_boxes": "(features, boxes, image_index, stride)",
     "relation_loss": (
         "(student, teacher, student_prototypes, teacher_prototypes, weights=None, *, "

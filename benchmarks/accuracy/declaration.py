@@ -95,7 +95,7 @@ class Method(Knowledge):
             seed=seed,
             **self.options(),
         )
-        return Distiller(student, teacher, loss, boxes=self.boxes)
+        return Distiller(student, teacher, loss)
 
 
 @dataclasses.dataclass(frozen=True)

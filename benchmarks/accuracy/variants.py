@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from global_kd import GlobalKnowledgeLoss, PrototypeBank, PrototypeGenerator, Targets
 from global_kd.functional import pool_boxes
+from global_kd.losses.base import Levels
 from global_kd.losses.robust_distill import RobustDistillLoss
 from global_kd.ops.cosine import cosines, unit_rows
 
@@ -89,26 +90,18 @@ class OtherLoss(GlobalKnowledgeLoss):
             distributed=ours.distributed,
         )
 
-    def build(
-        self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        strides: Sequence[float],
-        **options: Any,
-    ) -> None:
+    def make(self, levels: Levels) -> None:
         """Like the library's, with rows as wide as the space asks for."""
-        again = self.built
-        super().build(student_channels, teacher_channels, strides, **options)
-        if again:
-            return
+        super().make(levels)
         theirs = self.rdm
         self.rdm = OtherRelation(
             self.variant.form,
             theirs.strides,
             **({"activation": theirs.activation} | self._rdm_options),
         )
+        self.rdm.weights = self.weights
         if self.variant.space == "grid":
-            widths = [GRID**2 * max(x) for x in (student_channels, teacher_channels)]
+            widths = [GRID**2 * max(x) for x in (levels.student_channels, levels.teacher_channels)]
         elif self.variant.space == "embedding":
             widths = [m.roi_heads.box_head.fc7.out_features for m in self._models]
         else:

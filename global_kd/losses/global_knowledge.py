@@ -1,27 +1,25 @@
 """The whole method: adapters, prototypes from the training stream, RDM, schedule."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _check
 from ..instances import pool_levels
 from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
-from ..pyramid import ADAPTERS, build_adapters, check_pyramids
-from ..ranks import MeanGradients, Ranks
+from ..ranks import Ranks
 from ..schedules import Schedule
+from ..step import Step
 from ..targets import Targets
+from .base import DistillLoss, Levels
 from .robust_distill import RobustDistillLoss
 
-TERMS = ("kd_foreground", "kd_background", "kd_relation", "kd_logits")
 
-
-class GlobalKnowledgeLoss(nn.Module):
+class GlobalKnowledgeLoss(DistillLoss):
     """Distilling object detectors with global knowledge (Tang et al., ECCV 2022).
 
     Call it on paired feature maps in any training loop, or let a :class:`global_kd.Distiller` do
@@ -53,6 +51,8 @@ class GlobalKnowledgeLoss(nn.Module):
         distributed: Under ``torch.distributed``, make prototypes from the instances of all ranks
             and average the adapters' gradients over them, whether or not this loss is wrapped in
             ``DistributedDataParallel``. Every rank must then call the loss equally often.
+        boxes: On which boxes a two-stage student learns: ``"proposals"``, its own sampled
+            positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
         class_names: Of each class, the background included if it is counted; kept in the bank, so
             that it can be read and one for other classes is refused.
         **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`; the
@@ -80,9 +80,14 @@ class GlobalKnowledgeLoss(nn.Module):
         ['kd_background', 'kd_foreground']
     """
 
+    name = "global_knowledge"
+    needs = frozenset({"targets"})
+    keeps_prototypes = True
+    default_schedule = dict.fromkeys(("foreground", "background", "relation"), Schedule("linear"))
+
     rdm: RobustDistillLoss
     bank: PrototypeBank
-    adapters: nn.ModuleList
+    generator: PrototypeGenerator
     _omega: Tensor
 
     def __init__(
@@ -102,30 +107,31 @@ class GlobalKnowledgeLoss(nn.Module):
         max_instances: int = 800,
         seed: int = 0,
         distributed: bool = True,
+        boxes: str = "proposals",
         class_names: Sequence[str] | None = None,
         **rdm: Any,
     ) -> None:
-        super().__init__()
-        for name, value in (("total_steps", total_steps), ("refresh_every", refresh_every)):
-            if value is not None:
-                _check.positive(name, value)
-        _check.one_of("adapter", adapter, ADAPTERS)
-        if isinstance(schedule, Schedule):
-            schedule = dict.fromkeys(TERMS, schedule)
-        if not isinstance(schedule, Mapping | None) or not all(
-            isinstance(x, Schedule) for x in (schedule or {}).values()
-        ):
-            raise TypeError(
-                "schedule: expected a Schedule, or one for each term in a dictionary, but got "
-                f"{schedule!r}"
+        _check.count("refresh_every", refresh_every)
+        _check.one_of("boxes", boxes, ("proposals", "ground_truth"))
+        probe = RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here
+        weights: dict[str, float | None] = {**probe.weights}
+        given = (student_channels, teacher_channels, strides)
+        if any(x is not None for x in given) and any(x is None for x in given):
+            raise ValueError(
+                "student_channels, teacher_channels, strides: expected all three or none"
             )
-        for term in schedule or {}:
-            _check.one_of("schedule", term, TERMS)
-        defaults = dict.fromkeys(TERMS, Schedule("linear")) | {"kd_logits": Schedule("constant")}
-        self.schedules: dict[str, Schedule] = defaults | dict(schedule or {})
-        self.adapter, self.seed = adapter, seed
-        self.total_steps, self.refresh_every = total_steps, refresh_every
-        self.step = 0
+        super().__init__(
+            weights,
+            adapter=adapter,
+            schedule=schedule,
+            total_steps=total_steps,
+            seed=seed,
+            distributed=distributed,
+        )
+        self.boxes, self.refresh_every = boxes, refresh_every
+        self.wishes = frozenset({"positives"} if probe.logits > 0 else ())
+        if boxes == "proposals":
+            self.wishes |= {"proposals"}
         self.generator = PrototypeGenerator(
             num_classes,
             num_prototypes,
@@ -135,155 +141,109 @@ class GlobalKnowledgeLoss(nn.Module):
             seed=seed,
             distributed=distributed,
         )
-        self._mean_gradients: MeanGradients | None = None
         _check.class_names(class_names, num_classes)
         self._class_names = class_names
         self._rdm_options = rdm
-        RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here, not at build time
-        self._levels: tuple[tuple[float, ...], ...] | None = None
-        self._last: dict[str, tuple[Tensor, float]] = {}  # value and factor of each term
-        given = (student_channels, teacher_channels, strides)
-        if all(x is not None for x in given):
-            self.build(*given)  # type: ignore[arg-type]
-        elif any(x is not None for x in given):
-            raise ValueError(
-                "student_channels, teacher_channels, strides: expected all three or none"
-            )
+        if given[0] is not None:
+            self.build(Levels(*map(tuple, given)))  # type: ignore[arg-type]
 
-    def build(
-        self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        strides: Sequence[float],
-        *,
-        activation: str | None = None,
-    ) -> None:
-        """Make what depends on the two detectors: adapters, an empty bank, the RDM.
+    @property
+    def prefix(self) -> str:
+        return "kd"
 
-        A second call with the same levels changes nothing. ``activation`` is used unless one was
-        given to the constructor.
+    @property
+    def adapts(self) -> bool:
+        return self.wants("foreground") or self.wants("background")
 
-        Raises:
-            ValueError: Levels other than those it was built for.
-        """
-        levels = (tuple(student_channels), tuple(teacher_channels), tuple(map(float, strides)))
-        if len({len(x) for x in levels}) != 1:
-            raise ValueError(
-                "student_channels, teacher_channels, strides: expected one entry per level each, "
-                f"but got {levels}"
-            )
-        if self._levels is not None:
-            if levels != self._levels:
-                raise ValueError(
-                    "build: expected the levels the loss was built for (student channels, teacher "
-                    f"channels, strides) {self._levels}, but got {levels}"
-                )
-            return
-        self._levels = levels
-        options = {"activation": activation} if activation is not None else {}
-        self.rdm = RobustDistillLoss(strides, **(options | self._rdm_options))
-        self.adapters = nn.ModuleList()  # none where nothing is imitated
-        if self.rdm.imitates:
-            channels = student_channels, teacher_channels
-            self.adapters = build_adapters(self.adapter, *channels, self.seed)
+    def make(self, levels: Levels) -> None:
+        options = {"activation": levels.activation} if levels.activation is not None else {}
+        self.rdm = RobustDistillLoss(levels.strides, **(options | self._rdm_options))
+        self.rdm.weights = self.weights
         self.bank = PrototypeBank(
-            len(strides),
+            len(levels.strides),
             self.generator.num_classes,
             self.generator.num_prototypes,
-            max(student_channels),
-            max(teacher_channels),
-            strides=strides,
+            max(levels.student_channels),
+            max(levels.teacher_channels),
+            strides=levels.strides,
             class_names=self._class_names,
         )
         # Sum and number of omegas by level and label since the last telemetry(). The outer columns
         # take labels outside [0, K), which nobody checks on an accelerator.
-        tally = torch.zeros(2, len(strides), self.generator.num_classes + 2)
+        tally = torch.zeros(2, len(levels.strides), self.generator.num_classes + 2)
         self.register_buffer("_omega", tally, persistent=False)
 
-    @property
-    def built(self) -> bool:
-        """Whether levels and channels are known."""
-        return self._levels is not None
-
-    @property
-    def active(self) -> bool:
-        """Whether any term has a weight."""
-        self._require_built()
-        return bool(self._weighted())
-
-    @property
-    def progress(self) -> float:
-        """Fraction of ``total_steps`` done, in [0, 1]."""
-        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
-
-    def _weighted(self) -> list[str]:
-        """Terms with a weight."""
-        rdm = self.rdm
-        weights = (rdm.foreground, rdm.background, rdm.relation, rdm.logits)
-        return [name for name, weight in zip(TERMS, weights, strict=True) if weight > 0]
-
-    def _require_built(self) -> None:
-        if not self.built:
-            raise RuntimeError(
-                "GlobalKnowledgeLoss: levels and channels are unknown; pass student_channels, "
-                "teacher_channels and strides, call build(...), or give the loss to a Distiller"
-            )
-
-    def forward(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        targets: Targets,
-        *,
-        student_logits: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
-        logit_box: Tensor | None = None,
-        instances: Targets | None = None,
-    ) -> dict[str, Tensor]:
-        """The scheduled terms of one batch; in training mode also one step of the bookkeeping.
-
-        Args:
-            student: Maps ``(B, Cs, H, W)`` of the student, one per level.
-            teacher: Maps ``(B, Ct, H, W)`` of the teacher, paired with them.
-            targets: Boxes on which knowledge is transferred.
-            student_logits: See :class:`global_kd.RobustDistillLoss` for this and the next two.
-            teacher_logits: Of the same rows.
-            logit_box: Index into ``targets`` of each row.
-            instances: Boxes from which prototypes are made, where they differ from ``targets``
-                (ground truth beside proposals).
-
-        Returns:
-            Scalars by name, ready to add to the detector's own losses.
-        """
-        self._require_built()
-        check_pyramids(student, teacher, self.rdm.strides)
-        if targets.boxes.device.type == "cpu" and not torch.compiler.is_compiling():
-            targets.validate(num_classes=self.generator.num_classes, num_images=len(student[0]))
-        if self.training:
-            self._before_step()
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        assert step.targets is not None
+        targets, instances, box = self._on_which_boxes(step)
         rows = None
         if self.rdm.uses_prototypes:
-            rows = self._rows(student, teacher, targets, instances)
+            rows = self._rows(step.student, step.teacher, targets, instances)
+        positives = step.positives
         terms, omega = self.rdm(
-            student,
-            teacher,
+            step.student,
+            step.teacher,
             targets,
             self.bank,
-            adapted=self._adapt(student),
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
-            logit_box=logit_box,
+            adapted=self.adapted(step) if self.adapts else None,
+            student_logits=None if positives is None else positives.student,
+            teacher_logits=None if positives is None else positives.teacher,
+            logit_box=box,
             rows=rows,
+            weighted=False,
             return_weights=True,
         )
-        factors = {name: self.schedules[name](self.progress) for name in terms}
-        terms = {name: factors[name] * x for name, x in terms.items()}
-        if self.training:
-            self._last = {name: (x.detach(), factors[name]) for name, x in terms.items()}
-            if self.rdm.uses_prototypes:
-                self._tally(omega, targets.labels)
-        self.step += self.training
-        return terms
+        if self.training and self.rdm.uses_prototypes:
+            self._tally(omega, targets.labels)
+        return {name.removeprefix("kd_"): value for name, value in terms.items()}
+
+    def _on_which_boxes(self, step: Step) -> tuple[Targets, Targets | None, Tensor | None]:
+        """The boxes to learn on, those to make prototypes from, the box of each logit row."""
+        assert step.targets is not None
+        positives = step.positives
+        if positives is None:
+            return step.targets, None, None
+        proposals = positives.proposals
+        if self.boxes == "proposals" and proposals is not None:
+            row = torch.arange(len(proposals), device=proposals.boxes.device)
+            if positives.rows is not None:
+                row = row[positives.rows]
+            return proposals, step.targets, row
+        return step.targets, None, positives.logit_box
+
+    def _check_facts(self, step: Step) -> None:
+        super()._check_facts(step)
+        if torch.compiler.is_compiling() or step.targets is None:
+            return
+        proposals = None if step.positives is None else step.positives.proposals
+        if step.targets.boxes.device.type == "cpu":
+            self.check_values(step.targets, proposals, len(step.student[0]))
+
+    def check_values(self, truth: Targets, proposals: Targets | None, images: int) -> None:
+        for targets in (truth, proposals):
+            if targets is not None:
+                targets.validate(num_classes=self.generator.num_classes, num_images=images)
+
+    @property
+    def uses_maps(self) -> bool:
+        return self.rdm.imitates or self.rdm.relation > 0
+
+    @property
+    def uses_prototypes(self) -> bool:
+        return self.rdm.uses_prototypes
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the mathematics, ``self.rdm``; prototypes and counting stay outside."""
+        self._require_built()
+        self.rdm.compile(*args, **options)
+
+    def _agree(self, ranks: Ranks) -> None:
+        self.generator.seed = ranks.tell(self.generator.seed)[0]
+
+    def _before_step(self) -> None:
+        super()._before_step()
+        if self.refresh_every and self.step and self.step % self.refresh_every == 0:
+            self.refresh()
 
     @torch.no_grad()
     def _tally(self, omega: Tensor, labels: Tensor) -> None:
@@ -292,60 +252,6 @@ class GlobalKnowledgeLoss(nn.Module):
         rows = torch.stack([torch.where(seen, omega, 0).to(self._omega), seen.to(self._omega)])
         column = labels.clamp(-1, self.generator.num_classes) + 1
         self._omega.index_add_(2, column, rows)
-
-    def _adapt(self, student: Sequence[Tensor]) -> list[Tensor] | None:
-        """The student's maps in the teacher's channels; ``None`` where nothing is imitated."""
-        if not self.rdm.imitates:
-            return None
-        adapted = []
-        for adapt, x in zip(self.adapters, student, strict=True):
-            weight = next(adapt.parameters(), x)
-            # Maps of an autocast forward may arrive outside of it.
-            cast = not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype
-            adapted.append(adapt(x.to(weight.dtype) if cast else x))
-        return adapted
-
-    def _join_ranks(self) -> None:
-        """Average the adapters' gradients over the ranks, where there are several."""
-        # Sharded parameters are somebody else's to reduce.
-        mine = [p for p in self.parameters() if not hasattr(p, "device_mesh")]
-        joined = self._mean_gradients
-        if joined is None or list(map(id, joined.parameters)) != list(map(id, mine)):
-            ranks = Ranks(self.generator.distributed)
-            if ranks.size == 1:
-                return
-            self.generator.seed = ranks.tell(self.generator.seed)[0]
-            joined = self._mean_gradients = MeanGradients(mine, ranks)
-        joined.begin()
-
-    def _before_step(self) -> None:
-        self._join_ranks()
-        if self.step == 0 and self.total_steps is None:
-            moving = {n: s for n, s in self.schedules.items() if n in self._weighted()}
-            late = [n for n, s in moving.items() if s.start or s.warmup]
-            if late:
-                raise ValueError(
-                    f"total_steps: expected the number of training calls, since the schedule of "
-                    f"{', '.join(late)} begins at 0 and would stay there, but got None"
-                )
-            decaying = [n for n, s in moving.items() if s != Schedule("constant")]
-            if decaying:
-                warnings.warn(
-                    f"GlobalKnowledgeLoss: total_steps is not given, so the weights of "
-                    f"{', '.join(decaying)} stay constant; pass total_steps=epochs * len(loader)",
-                    stacklevel=3,
-                )
-        if self.step == self.total_steps:
-            over = [n for n in self._weighted() if self.schedules[n](1.0) == 0]
-            if over:
-                warnings.warn(
-                    f"GlobalKnowledgeLoss: training goes on after total_steps={self.total_steps} "
-                    f"calls, where the weights of {', '.join(over)} are 0; count the calls of the "
-                    "whole run: epochs * len(loader)",
-                    stacklevel=3,
-                )
-        if self.refresh_every and self.step and self.step % self.refresh_every == 0:
-            self.refresh()
 
     def _rows(
         self,
@@ -373,6 +279,9 @@ class GlobalKnowledgeLoss(nn.Module):
         elif collect:
             self.generator.add(s, t, targets)
         return s[:, :count], t[:, :count]
+
+    def collect(self) -> None:
+        self.refresh_every = self.refresh_every or 1
 
     def refresh(self) -> None:
         """New prototypes from the rows collected since the last refresh, on all ranks.
@@ -436,19 +345,7 @@ class GlobalKnowledgeLoss(nn.Module):
             >>> numbers["step"], numbers["omega/class_2"], numbers["prototypes"], numbers["sample"]
             (1.0, 1.0, 0.0, 1.0)
         """
-        self._require_built()
-        if detection_loss is not None:
-            _check.scalar("detection_loss", detection_loss)
-        numbers = {"step": float(self.step)}
-        values = {name: float(x) for name, (x, _) in self._last.items()}
-        numbers |= {f"term/{name}": x for name, x in values.items()}
-        numbers |= {f"schedule/{name}": factor for name, (_, factor) in self._last.items()}
-        if detection_loss is not None:
-            detection = torch.as_tensor(detection_loss).detach().item()
-            numbers |= {
-                f"share/{name}": x / detection if detection else math.nan
-                for name, x in values.items()
-            }
+        numbers = super().telemetry(detection_loss)
         total, count = self._omega[:, :, 1:-1].cpu().double()
         self._omega.zero_()
         strides = [f"stride_{stride:g}" for stride in self.rdm.strides]
@@ -468,14 +365,6 @@ class GlobalKnowledgeLoss(nn.Module):
         """Robust weights ``(L, R)`` of the boxes under the current prototypes; no side effects."""
         self._require_built()
         return self.rdm.weigh(student, teacher, targets, self.bank)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """The step, for ``state_dict``."""
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continue at the saved step."""
-        self.step = int(state["step"])
 
     def extra_repr(self) -> str:
         return f"step={self.step}, total_steps={self.total_steps}, refresh={self.refresh_every}"

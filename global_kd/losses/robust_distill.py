@@ -103,12 +103,13 @@ class RobustDistillLoss(nn.Module):
         if not self.strides or list(self.strides) != sorted(set(self.strides)):
             raise ValueError(f"strides: expected increasing numbers > 0, but got {list(strides)}")
         _check.positive("strides", self.strides[0])
-        for name, value in (
-            ("foreground", foreground),
-            ("background", background),
-            ("relation", relation),
-            ("logits", logits),
-        ):
+        self.weights = {
+            "foreground": foreground,
+            "background": background,
+            "relation": relation,
+            "logits": logits,
+        }
+        for name, value in self.weights.items():
             _check.not_negative(name, value)
         for name, value in (("temperature", temperature), ("beta", beta)):
             _check.positive(name, value)
@@ -118,8 +119,7 @@ class RobustDistillLoss(nn.Module):
         _check.one_of("class_reduction", class_reduction, CLASS_REDUCTIONS)
         _check.one_of("normalizer", normalizer, NORMALIZERS)
         _check.one_of("levels", levels, ("assigned", "all"))
-        self.foreground, self.background = float(foreground), float(background)
-        self.relation, self.logits = float(relation), float(logits)
+        self.weights = {name: float(value) for name, value in self.weights.items()}
         self.robust_imitation = robust_imitation
         self.robust_relation = robust_relation
         self.robust_logits = robust_logits
@@ -133,6 +133,26 @@ class RobustDistillLoss(nn.Module):
         self.own_class = own_class
         self.center = center
         self.beta = beta
+
+    @property
+    def foreground(self) -> float:
+        """Weight of the imitation inside boxes."""
+        return self.weights["foreground"]
+
+    @property
+    def background(self) -> float:
+        """Weight of the imitation outside boxes."""
+        return self.weights["background"]
+
+    @property
+    def relation(self) -> float:
+        """Weight of the relation term."""
+        return self.weights["relation"]
+
+    @property
+    def logits(self) -> float:
+        """Weight of the soft labels."""
+        return self.weights["logits"]
 
     @property
     def imitates(self) -> bool:
@@ -160,6 +180,7 @@ class RobustDistillLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         logit_box: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
+        weighted: bool = True,
         return_weights: bool = False,
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
         """The weighted terms of one batch.
@@ -176,6 +197,7 @@ class RobustDistillLoss(nn.Module):
             logit_box: int64 ``(N,)``, for each logit row the index of its box in ``targets``;
                 without it soft labels are not weighted by omega.
             rows: Pooled rows ``(L, R, Cs)``, ``(L, R, Ct)`` of the boxes, if already at hand.
+            weighted: Multiply the terms by their weights.
             return_weights: Also return omega.
 
         Returns:
@@ -214,16 +236,16 @@ class RobustDistillLoss(nn.Module):
                 student if adapted is None else adapted, teacher, targets, omega, level
             )
             if self.foreground:
-                terms["kd_foreground"] = self.foreground * foreground
+                terms["foreground"] = foreground
             if self.background:
-                terms["kd_background"] = self.background * background
+                terms["background"] = background
         if self.relation:
-            terms["kd_relation"] = self.relation * relation
+            terms["relation"] = relation
         if self.logits and student_logits is not None and teacher_logits is not None:
             weights = None
             if self.robust_logits and logit_box is not None:
                 weights = omega.gather(0, level[None])[0][logit_box]
-            terms["kd_logits"] = self.logits * logit_loss(
+            terms["logits"] = logit_loss(
                 student_logits,
                 teacher_logits,
                 weights,
@@ -231,7 +253,11 @@ class RobustDistillLoss(nn.Module):
                 activation=self.activation,
                 class_reduction=self.class_reduction,
             )
-        return (terms, omega) if return_weights else terms
+        named = {
+            f"kd_{part}": self.weights[part] * value if weighted else value
+            for part, value in terms.items()
+        }
+        return (named, omega) if return_weights else named
 
     def weigh(
         self,

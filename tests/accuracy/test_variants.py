@@ -18,6 +18,7 @@ from benchmarks.accuracy.variants import (
     softened_loss,
 )
 from global_kd import PrototypeBank, Targets
+from global_kd.losses import Levels
 from small_detectors import SIZES, small_faster_rcnn
 
 
@@ -171,7 +172,7 @@ def test_rows_of_the_embedding_are_in_the_order_of_the_boxes():
     with torch.no_grad():
         maps = [list(m.backbone(torch.rand(2, 3, 96, 96)).values()) for m in models]
         channels = [[x.shape[1] for x in levels] for levels in maps]
-        loss.build(*channels, [4, 8, 16])
+        loss.build(Levels(*map(tuple, channels), (4.0, 8.0, 16.0)))
         boxes = torch.tensor([[8.0, 8.0, 40.0, 60.0], [30.0, 30.0, 90.0, 90.0]])
         targets = Targets(boxes, torch.tensor([1, 2]), torch.tensor([1, 0]))
         rows = loss._rows(*maps, targets, None)

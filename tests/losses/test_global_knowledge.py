@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from global_kd import GlobalKnowledgeLoss, Schedule, Targets
+from global_kd.losses import Levels
+from global_kd.step import Positives
 
 from ..watch import NoHostSync
 
 CLASSES = 3
+
+
+def soft_labels(rows=4, classes=3):
+    box = torch.zeros(rows, dtype=torch.int64)
+    logits = torch.randn(2, rows, classes)
+    return Positives(box, student=logits[0], teacher=logits[1])
 
 
 def make(**options):
@@ -62,7 +70,7 @@ def test_evaluation_and_weighing_change_nothing():
 
 
 def test_paper_schedule_decays_imitation_and_relation_but_not_soft_labels():
-    logits = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3)}
+    logits = {"positives": soft_labels()}
     loss = make(refresh_every=None)
     plain = make(refresh_every=None, schedule=Schedule("constant"))
     for step in range(10):
@@ -87,7 +95,8 @@ def test_instances_feed_the_prototypes_and_targets_the_terms():
     loss, other = make(), make()
     student, teacher, targets = batch(0)
     instances = batch(1)[2]
-    a = loss(student, teacher, targets, instances=instances)
+    proposals = Positives(torch.zeros(len(targets), dtype=torch.int64), targets)
+    a = loss(student, teacher, instances, positives=proposals)
     b = other(student, teacher, targets)
     assert all(torch.equal(a[k], b[k]) for k in a)
     other.generator = make().generator
@@ -253,7 +262,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="expected all three or none"):
         GlobalKnowledgeLoss(3, strides=[4])
     with pytest.raises(ValueError, match="levels the loss was built for"):
-        make().build([4, 6], [5, 7], [4, 8])
+        make().build(Levels((4, 6), (5, 7), (4, 8)))
     with pytest.raises(ValueError, match="schedule: expected one of .* but got 'kd_box'"):
         make(schedule={"kd_box": Schedule()})
     with pytest.raises(TypeError, match="relations"):
@@ -300,7 +309,7 @@ def test_a_schedule_that_begins_at_zero_needs_total_steps(schedule):
 
 def test_terms_without_a_weight_have_no_say_about_total_steps():
     weights = {"foreground": 0, "background": 0, "relation": 0, "logits": 1}
-    logits = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3)}
+    logits = {"positives": soft_labels()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(total_steps=None, schedule={"kd_relation": Schedule(start=0.5)}, **weights)(

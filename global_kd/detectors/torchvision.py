@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..detector import Detections, Look, Pixels, Positives, Seen, View, fitting
 from ..hooks import evaluating, feature_maps
 from ..targets import Targets
+from .pixels import Pixels, View, fitting
+from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -24,7 +25,7 @@ _KINDS = {
 }
 
 
-class TorchvisionDetector:
+class TorchvisionDetector(MapsOnly):
     """A torchvision detector.
 
     Args:
@@ -44,12 +45,9 @@ class TorchvisionDetector:
         self.first_label = int(self._family in ("two-stage", "ssd"))
         self.activation = "sigmoid" if self._family in ("retinanet", "fcos") else "softmax"
         self.taps = {"images": "transform", "features": "backbone"}
-        self.inputs: tuple[str, ...] = ()
-        if self._family == "two-stage":
-            self.taps |= {"roi": "roi_heads.box_roi_pool", "logits": "roi_heads.box_predictor"}
-            self.inputs = ("roi",)
-        else:
-            self.taps |= {"logits": "head.classification_head", "anchors": "anchor_generator"}
+        self.family = "two-stage" if self._family == "two-stage" else "one-stage"
+        self.gives = frozenset({"images", "positives"})
+        self.inputs = ("roi",)
         transform = model.transform
         self.pixels: Pixels | None = Pixels(
             tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std))
@@ -67,6 +65,13 @@ class TorchvisionDetector:
     def num_classes(self) -> int | None:
         return self.num_logits  # torchvision counts the background
 
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        if self._family == "two-stage" and facts & {"positives", "proposals"}:
+            return {"roi": "roi_heads.box_roi_pool", "logits": "roi_heads.box_predictor"}
+        if self._family != "two-stage" and "positives" in facts:
+            return {"logits": "head.classification_head", "anchors": "anchor_generator"}
+        return {}
+
     def example(self) -> View:
         like = next(self.model.parameters())
         width, height = self.model.transform.fixed_size or (_EXAMPLE_SIZE, _EXAMPLE_SIZE)
@@ -76,35 +81,37 @@ class TorchvisionDetector:
         features = self.model.backbone(fitting(view.images, self.model))
         return Look(feature_maps(features), view, features)
 
-    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
         transformed, truth = tapped["images"]
         if truth is None:
             raise ValueError(
                 "targets: expected the student's last forward to have had targets, in train mode"
             )
         view = View(transformed.tensors, transformed.image_sizes)
-        look = Look(feature_maps(tapped["features"]), view)
-        positives = None
-        if self._family == "two-stage":
-            positives = self._sampled_proposals(tapped["roi"][1], tapped["logits"][0], truth)
-        elif soft:
-            positives = self._assigned_locations(tapped["anchors"], tapped["logits"], truth, look)
-        return Seen(look, _pack(truth), positives)
+        look = Look(feature_maps(tapped["features"]), view, tapped=tapped)
+        sampled = None
+        if "roi" in tapped:
+            sampled = self._sampled_proposals(tapped["roi"][1], tapped["logits"][0], truth)
+        elif "positives" in facts:
+            sampled = self._assigned_locations(tapped["anchors"], tapped["logits"], truth, look)
+        return Seen(look, _pack(truth), sampled)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         transformed, truth = self.model.transform(list(images), list(targets))
         return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))
 
-    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
+    def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         if self._family == "two-stage":
             heads, features = self.model.roi_heads, look.raw
             if isinstance(features, Tensor):
                 features = {"0": features}
             sizes = [tuple(map(int, s)) for s in look.view.sizes or [look.view.size]]
-            pooled = heads.box_roi_pool(features, positives.raw, sizes)
+            pooled = heads.box_roi_pool(features, sampled.raw, sizes)
             logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
             return logits, None
-        mask, shapes = positives.raw
+        mask, shapes = sampled.raw
         logits = self.model.head.classification_head(list(look.maps))
         where, known = _same_locations(shapes, mask.shape[1], look.maps, logits.shape[1])
         image, location = mask.nonzero(as_tuple=True)
@@ -131,7 +138,7 @@ class TorchvisionDetector:
     @torch.no_grad()
     def _sampled_proposals(
         self, proposals: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]]
-    ) -> Positives:
+    ) -> Sampled:
         """The student's sampled positive proposals, with the labels of their ground truth."""
         matched, labels = self.model.roi_heads.assign_targets_to_proposals(
             proposals, [t["boxes"] for t in truth], [t["labels"] for t in truth]
@@ -144,11 +151,11 @@ class TorchvisionDetector:
         with torch.enable_grad():
             rows = logits[mask]
         targets = Targets(torch.cat(per_image).float(), torch.cat(labels)[mask], image[mask])
-        return Positives(rows, box[mask], targets, per_image)
+        return Sampled(rows, box[mask], targets, per_image)
 
     def _assigned_locations(
         self, anchors: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]], look: Look
-    ) -> Positives:
+    ) -> Sampled:
         """The locations ``(B, A)`` that a dense student trains as objects."""
         shapes = [(x.shape[2], x.shape[3]) for x in look.maps]
         if self._family == "ssd":
@@ -161,7 +168,7 @@ class TorchvisionDetector:
         ]
         box = torch.stack(packed)
         mask = box >= 0
-        return Positives(logits[mask], box[mask], raw=(mask, shapes))
+        return Sampled(logits[mask], box[mask], raw=(mask, shapes))
 
 
 class _StandIn:

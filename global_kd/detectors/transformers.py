@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..detector import IMAGENET, Detections, Look, Pixels, Positives, Seen, View
 from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
 from ..targets import Targets
+from .pixels import IMAGENET, Pixels, View
+from .protocol import Detections, Look, MapsOnly, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -63,7 +64,7 @@ _FAMILIES = {
 }
 
 
-class TransformersDetector:
+class TransformersDetector(MapsOnly):
     """An object detector of transformers, such as ``AutoModelForObjectDetection`` makes.
 
     Args:
@@ -83,6 +84,7 @@ class TransformersDetector:
         self.activation = self._family.activation
         self.num_classes: int | None = model.config.num_labels
         self.pixels: Pixels | None = self._family.pixels
+        self.family = "query"
         self.taps = {"features": self._family.features}
         if (path := self._family.shapes) is not None:
             shapes = model.get_submodule(path)
@@ -112,7 +114,9 @@ class TransformersDetector:
         like = (x for name, x in tapped.items() if name != "features")
         return tokens_to_maps(features[0], [(x.shape[2], x.shape[3]) for x in like])
 
-    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
         view = _view(images)
         look = Look(self._maps(tapped, view), view)
         return Seen(look, _truth(images, view, look.maps[0].device))
@@ -120,9 +124,6 @@ class TransformersDetector:
     def observe(self, images: Any, targets: Any) -> Seen:
         look = self.look(_view(images))
         return Seen(look, _truth(images, look.view, look.maps[0].device))
-
-    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         loss: Tensor = self.model(**images).loss

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, Pixels
+from global_kd.detectors.mmdet import MMDetDetector
 from global_kd.functional import pool_boxes
-from global_kd.integrations.mmdet import MMDetDetector
 from tests.small_loss import small_loss
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
@@ -175,10 +175,10 @@ def test_boxes_are_in_pixels_of_the_padded_input(horizontal):
     truth, _ = kd.weigh(data(horizontal))  # a batch as the data loader yields it
     assert truth.boxes.tolist() == [[32, 16, 64, 48]]
     assert (truth.labels.tolist(), truth.image_index.tolist()) == ([0], [1])
-    seen = kd._student.observe(data(horizontal), None)
+    seen = kd._pair.student.observe(data(horizontal), None)
     assert seen.look.view.size == (96, 96)
     assert seen.look.view.sizes == [(64, 96), (96, 80)]
-    rgb = kd._student.pixels.convert(seen.look.view.images, Pixels())
+    rgb = kd._pair.student.pixels.convert(seen.look.view.images, Pixels())
     torch.testing.assert_close(rgb[1, 0, 16:48, 32:64], torch.full((32, 32), 250 / 255))
     rgb[1, 0, 16:48, 32:64] = 50 / 255
     torch.testing.assert_close(rgb[1, :, :, :80], torch.full((3, 96, 80), 50 / 255))
@@ -187,7 +187,7 @@ def test_boxes_are_in_pixels_of_the_padded_input(horizontal):
         for layer in (student.backbone.stem, *student.backbone.stages, *student.neck.convs):
             layer.bias.zero_()
             layer.weight.fill_(1 / layer.weight[0].numel())
-        seen = kd._student.observe(data(horizontal), None)
+        seen = kd._pair.student.observe(data(horizontal), None)
     finest = seen.look.maps[0]
     inside = pool_boxes(finest, seen.truth.boxes, seen.truth.image_index, 8)[0, 0]
     assert (finest[1, 0, 2:6, 4:8] == inside).all()

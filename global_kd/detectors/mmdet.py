@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..detector import Detections, Look, Pixels, Positives, Seen, View
 from ..hooks import evaluating, feature_maps
 from ..targets import Targets
+from .pixels import Pixels, View
+from .protocol import Detections, Look, MapsOnly, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
 
-class MMDetDetector:
+class MMDetDetector(MapsOnly):
     """A detector of MMDetection.
 
     Args:
@@ -69,7 +70,9 @@ class MMDetDetector:
             features = self._neck(features)
         return Look(feature_maps(features), view)
 
-    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
         view, truth = _read(images, targets)
         return Seen(Look(feature_maps(tapped["features"]), view), truth)
 
@@ -79,9 +82,6 @@ class MMDetDetector:
             images, targets = data["inputs"], data["data_samples"]
         view, truth = _read(images, targets)
         return Seen(self.look(view), truth)
-
-    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         total: Tensor = self.model.parse_losses(self.model(images, targets, mode="loss"))[0]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss
-from global_kd.detector import IMAGENET, Pixels, View
+from global_kd.detectors import IMAGENET, Pixels, View
 from global_kd.hooks import evaluating
 from tests.small_loss import small_loss
 
@@ -21,7 +21,7 @@ from .cases_transformers import processed, torchvision_resnet50
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("scipy", reason="transformers' matcher needs scipy")
 
-from global_kd.integrations.transformers import TransformersDetector  # noqa: E402
+from global_kd.detectors.transformers import TransformersDetector  # noqa: E402
 
 NUM_CLASSES = 3
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 24], "layer_type": "basic"}
@@ -222,7 +222,7 @@ def read_and_observed(name, batch):
     kd.loss.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     student.train()(**batch)
     kd(batch)
-    return seen[0], kd.weigh(batch)[0], kd._student
+    return seen[0], kd.weigh(batch)[0], kd._pair.student
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_unlike_families_are_paired_by_stride(student, teacher):
 
 def test_the_pixels_that_a_user_knows_better_are_taken():
     kd = Distiller(detector("rt_detr"), detector("rt_detr"), gk(), student_pixels=IMAGENET)
-    assert kd._student.pixels == IMAGENET and kd._teacher.pixels == Pixels()
+    assert kd._pair.student.pixels == IMAGENET and kd._pair.teacher.pixels == Pixels()
 
 
 def test_a_teacher_in_half_precision_takes_the_students_images():

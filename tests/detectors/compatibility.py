@@ -1,6 +1,6 @@
 """The compatibility table of docs/detectors.md: every case put through the same checks.
 
-`python -m tests.integrations.compatibility` runs all cases whose packages are here, keeps the
+`python -m tests.detectors.compatibility` runs all cases whose packages are here, keeps the
 results of the others, and writes compatibility.json and the table.
 """
 
@@ -92,8 +92,8 @@ def levels(bench: Bench) -> str:
     """Levels pair, and their maps lie on one grid."""
     with torch.no_grad():
         bench.student.eval()
-        seen = bench.kd._student.observe(*arguments(bench.batch))
-        student, teacher = bench.kd._paired(seen.look, bench.kd._look(seen.look.view))
+        seen = bench.kd._pair.student.observe(*arguments(bench.batch))
+        student, teacher = bench.kd._pair.maps(seen.look, bench.kd._pair.look(seen.look.view))
     bench.student.train()
     assert len(student) >= 1
     for s, t in zip(student, teacher, strict=True):
@@ -119,14 +119,14 @@ def boxes(bench: Bench) -> str:
     def observe(images):
         made = [Scene(x, b, label) for x, b in zip(images, squares, strict=True)]
         with torch.no_grad():
-            seen = bench.kd._student.observe(*arguments(bench.case.batch(made)))
-            return seen, bench.kd._paired(seen.look, bench.kd._look(seen.look.view))
+            seen = bench.kd._pair.student.observe(*arguments(bench.case.batch(made)))
+            return seen, bench.kd._pair.maps(seen.look, bench.kd._pair.look(seen.look.view))
 
     bench.student.eval()
     (seen, with_squares), (_, without) = observe(bright), observe(dark)
     bench.student.train()
     x = seen.look.view.images
-    pixels = bench.kd._student.pixels or Pixels()
+    pixels = bench.kd._pair.student.pixels or Pixels()
     light = pixels.convert(x, Pixels()).mean(dim=1)
     truth = seen.truth
     assert sorted(truth.image_index.tolist()) == [0, 1]

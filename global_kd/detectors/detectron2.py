@@ -11,14 +11,16 @@ background, in its *last* column; soft labels are taken over all of them.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..detector import Detections, Look, Pixels, Positives, Seen, View
 from ..hooks import evaluating
 from ..targets import Targets
+from .pixels import Pixels, View
+from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -31,7 +33,7 @@ _ROI_TAPS = {
 }
 
 
-class Detectron2Detector:
+class Detectron2Detector(MapsOnly):
     """A Detectron2 detector.
 
     Outside of Detectron2's trainers its models train only ``with EventStorage():``. A detector that
@@ -60,6 +62,8 @@ class Detectron2Detector:
             )
         self._two_stage = "GeneralizedRCNN" in classes
         self.taps = {"images": "backbone", "features": "backbone"}
+        self.family = "two-stage" if self._two_stage else "one-stage"
+        self._sampling: dict[str, str] = {}
         self.kind: str | None = None
         self.activation, self._foreground_only = "softmax", False
         self.num_logits: int | None = None
@@ -69,7 +73,7 @@ class Detectron2Detector:
             heads = _detectron2_classes(model.roi_heads)
             roi = next((taps for name, taps in _ROI_TAPS.items() if name in heads), None)
             if roi is not None:
-                self.taps |= roi
+                self._sampling = roi
                 predictor = _first_stage(model.roi_heads.box_predictor)
                 # With sigmoids nobody trains the background's column.
                 self._foreground_only = getattr(predictor, "use_sigmoid_ce", False)
@@ -77,10 +81,12 @@ class Detectron2Detector:
                 self.kind = f"detectron2 two-stage {self.activation}"
                 self.num_logits = predictor.cls_score.out_features - self._foreground_only
         elif hasattr(model, "label_anchors"):
-            self.taps |= {"logits": "head", "anchors": "anchor_generator"}
+            self._sampling = {"logits": "head", "anchors": "anchor_generator"}
             self.kind, self.activation = f"detectron2 {classes[0]}", "sigmoid"
             self.num_logits = model.num_classes
-        self.inputs = tuple(name for name in ("images", "pooled") if name in self.taps)
+        self.inputs = ("images", "pooled")
+        if self._sampling:
+            self.gives = frozenset({"images", "positives"})
         mean, std = (tuple(x.flatten().tolist()) for x in (model.pixel_mean, model.pixel_std))
         order = getattr(model, "input_format", None) or "BGR"
         self.pixels = Pixels(mean, std, 255, order == "BGR") if order in ("BGR", "RGB") else None
@@ -95,6 +101,10 @@ class Detectron2Detector:
         constraints.pop("square_size", None)
         return max(1, int(backbone.size_divisibility), *constraints.values())
 
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        wanted = {"positives", "proposals"} if self._two_stage else {"positives"}
+        return dict(self._sampling) if facts & wanted else {}
+
     def example(self) -> View:
         channels, like = len(self.model.pixel_mean), self.model.pixel_mean
         return View(like.new_zeros(1, channels, _EXAMPLE_SIZE, _EXAMPLE_SIZE))
@@ -105,39 +115,42 @@ class Detectron2Detector:
     def _look(self, features: dict[str, Tensor], view: View) -> Look:
         return Look([features[name] for name in self._levels], view, features)
 
-    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
         truth = _ground_truth(images, targets, tapped["images"][0].device)
         if not self.model.training:
             raise ValueError("student: expected its last forward in train mode, but it is in eval")
         view = View(tapped["images"][0], [tuple(x["image"].shape[-2:]) for x in images])
         packed = _pack(truth)
-        positives = None
+        sampled = None
         if "pooled" in tapped:
-            positives = self._positive_proposals(tapped["pooled"][1], tapped["logits"][0], truth)
+            sampled = self._positive_proposals(tapped["pooled"][1], tapped["logits"][0], truth)
         elif "proposals" in tapped:
             boxes = [x.proposal_boxes for x in tapped["proposals"][0]]
-            positives = self._positive_proposals(boxes, tapped["logits"][0], truth)
-        elif "anchors" in tapped and soft:
+            sampled = self._positive_proposals(boxes, tapped["logits"][0], truth)
+        elif "anchors" in tapped and "positives" in facts:
             logits = tapped["logits"][0]
-            positives = self._positive_locations(tapped["anchors"], logits, truth)
-        return Seen(self._look(tapped["features"], view), packed, positives)
+            sampled = self._positive_locations(tapped["anchors"], logits, truth)
+        look = replace(self._look(tapped["features"], view), tapped=tapped)
+        return Seen(look, packed, sampled)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         truth = _ground_truth(images, targets, self.model.pixel_mean.device)
         padded = self.model.preprocess_image(images)
         return Seen(self.look(View(padded.tensor, padded.image_sizes)), _pack(truth))
 
-    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
+    def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         model, features = self.model, look.raw
         if not self._two_stage:
             maps = [features[name] for name in model.head_in_features]
-            return self._labels_of_locations(model.head(maps)[0], *positives.raw)
+            return self._labels_of_locations(model.head(maps)[0], *sampled.raw)
         heads = model.roi_heads
         maps = [features[name] for name in heads.in_features]
         if hasattr(heads, "box_pooler"):
-            rows = _first_stage(heads.box_head)(heads.box_pooler(maps, positives.raw))
+            rows = _first_stage(heads.box_head)(heads.box_pooler(maps, sampled.raw))
         else:
-            rows = heads.res5(heads.pooler(maps, positives.raw)).mean(dim=(2, 3))
+            rows = heads.res5(heads.pooler(maps, sampled.raw)).mean(dim=(2, 3))
         return self._columns(_first_stage(heads.box_predictor)(rows)[0]), None
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
@@ -177,7 +190,7 @@ class Detectron2Detector:
 
     def _positive_proposals(
         self, proposals: Sequence[Any], logits: Tensor, truth: Sequence[Any]
-    ) -> Positives:
+    ) -> Sampled:
         """The student's sampled positives, matched with the ground truth once more."""
         from detectron2.structures import pairwise_iou
 
@@ -196,11 +209,11 @@ class Detectron2Detector:
         corners = torch.cat([x.tensor for x in kept]).float()
         found = Targets(corners, torch.cat(labels), torch.cat(index))
         rows = self._columns(logits[torch.cat(masks)])
-        return Positives(rows, torch.cat(box), found, kept)
+        return Sampled(rows, torch.cat(box), found, kept)
 
     def _positive_locations(
         self, anchors: Sequence[Any], logits: Sequence[Tensor], truth: Sequence[Any]
-    ) -> Positives:
+    ) -> Sampled:
         """The anchors that a dense student trains as objects."""
         # Instead of its class, each box gets its own number, below the detector's own marks (-1:
         # ignored, num_classes: background), and so the detector itself says which anchor is whose.
@@ -213,7 +226,7 @@ class Detectron2Detector:
         marks = torch.stack(marks)
         mask = marks < -1
         rows = torch.cat([self._by_location(x) for x in logits], dim=1)[mask]
-        return Positives(rows, -2 - marks[mask], raw=(mask, self._grids(logits)))
+        return Sampled(rows, -2 - marks[mask], raw=(mask, self._grids(logits)))
 
     def _labels_of_locations(
         self, logits: Sequence[Tensor], mask: Tensor, grids: Sequence[tuple[int, ...]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Targets
-from global_kd.detector import IMAGENET, ModuleDetector, View, translate
+from global_kd.detectors import IMAGENET, ModuleDetector, View, translate
 from global_kd.functional import pool_boxes
 
 RGB = torch.rand(2, 3, 40, 56)
@@ -113,10 +113,10 @@ def ramp(height=60, width=92):
 def paired(student, teacher, images, **options):
     loss = GlobalKnowledgeLoss(2, total_steps=9, adapter="identity")
     kd = Distiller(student, teacher, loss, example_inputs=(images,), **options)
-    seen = kd._student.look(View(images))
+    seen = kd._pair.student.look(View(images))
     with torch.no_grad():
-        looked = kd._look(seen.view)
-    return kd, *kd._paired(seen, looked)
+        looked = kd._pair.look(seen.view)
+    return kd, *kd._pair.maps(seen, looked)
 
 
 @pytest.mark.parametrize("odd_one", ["student", "teacher"])

@@ -14,22 +14,24 @@ heads of several versions write into the list that they are given.
 import contextlib
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..detector import Detections, Look, Pixels, Positives, Seen, View
 from ..hooks import FeatureTap, evaluating
 from ..targets import Targets
+from .pixels import Pixels, View
+from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
 _EXAMPLE_SIZE = 256  # four cells of a stride-64 level
 _KEYS = ("img", "cls", "bboxes", "batch_idx")
 _MIN_SCORE, _MAX_IOU = 0.05, 0.7
 
 
-class UltralyticsDetector:
+class UltralyticsDetector(MapsOnly):
     """An Ultralytics detection model.
 
     Soft labels compare the class logits of anchor points that the student's own criterion assigns
@@ -52,12 +54,15 @@ class UltralyticsDetector:
         last = len(model.model) - 1
         self._levels = {f"level {i}": f"model.{j % last}" for i, j in enumerate(head.f)}
         self._logits: dict[str, str] = {}
+        self._head_tap: dict[str, str] = {}
+        self.family = "query" if family == "rtdetr" else "one-stage"
         self.taps = dict(self._levels)
         self.kind: str | None = None
         if family == "detect" and getattr(head, "cv3", None) is not None:
             self.kind = "ultralytics"
             self._logits = {f"logits {i}": f"model.{last}.cv3.{i}" for i in range(len(head.f))}
-            self.taps |= {"head": f"model.{last}"} | self._logits
+            self._head_tap = {"head": f"model.{last}"} | self._logits
+            self.gives = frozenset({"images", "positives"})
         self.pixels: Pixels | None = Pixels(pad=114 / 255)
         self.divisor = max(32, int(model.stride.max()))
         self._tap = FeatureTap(model, self._levels)
@@ -70,6 +75,9 @@ class UltralyticsDetector:
     def num_classes(self) -> int | None:
         return self.num_logits
 
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        return dict(self._head_tap) if "positives" in facts else {}
+
     def example(self) -> View:
         like = next(self.model.parameters())
         size = (1, 3, _EXAMPLE_SIZE, _EXAMPLE_SIZE)
@@ -81,17 +89,21 @@ class UltralyticsDetector:
     def _look(self, tapped: dict[str, Any], view: View) -> Look:
         return Look([tapped[name] for name in self._levels], view)
 
-    def read(self, tapped: dict[str, Any], images: Any, targets: Any, soft: bool) -> Seen:
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
         batch = self._batch(images)
         look, truth = self._look(tapped, View(batch["img"])), _truth(batch)
-        return Seen(look, truth, self._positives(tapped, batch, truth) if soft else None)
+        look = replace(look, tapped=tapped)
+        sampled = self._positives(tapped, batch, truth) if "positives" in facts else None
+        return Seen(look, truth, sampled)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         batch = self._batch(images)
         return Seen(self.look(View(batch["img"])), _truth(batch))
 
-    def soft_labels(self, look: Look, positives: Positives) -> tuple[Tensor, Tensor | None]:
-        image, location, shapes = positives.raw
+    def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
+        image, location, shapes = sampled.raw
         theirs = {x.shape[-2:]: b(x) for x, b in zip(look.maps, self._head.cv3, strict=True)}
         example = next(iter(theirs.values()))
         # Levels belong together where their grids are equal; a point without partner is left out.
@@ -146,7 +158,7 @@ class UltralyticsDetector:
 
     def _positives(
         self, tapped: dict[str, Any], batch: dict[str, Any], truth: Targets
-    ) -> Positives | None:
+    ) -> Sampled | None:
         criterion = getattr(self.model, "criterion", None)
         criterion = getattr(criterion, "one2many", criterion)
         if not hasattr(criterion, "assigner"):  # the user computes a loss of his own
@@ -164,7 +176,7 @@ class UltralyticsDetector:
         box = order[first[image] + index[image, location].long()]
         levels = [tapped[name] for name in self._logits]
         raw = (image, location, [x.shape[-2:] for x in levels])
-        return Positives(_per_point(levels)[image, location], box, raw=raw)
+        return Sampled(_per_point(levels)[image, location], box, raw=raw)
 
 
 class _Enough(Exception):

@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.ops import box_iou
 
 from global_kd import Distiller, GlobalKnowledgeLoss
-from global_kd.detector import View, detector_of
+from global_kd.detectors import View, detector_of
 from global_kd.functional import logit_loss, pool_boxes
 from tests.small_loss import small_loss
 
@@ -41,7 +41,7 @@ def test_a_few_steps_of_training(kind, boxes):
     torch.manual_seed(0)
     student, teacher = detector(kind, 8), detector(kind, 12)
     keys, frozen = list(student.state_dict()), copy.deepcopy(teacher.state_dict())
-    kd = Distiller(student, teacher, gk(), boxes=boxes)
+    kd = Distiller(student, teacher, gk(boxes=boxes))
     optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-3)
     teacher.train()  # somebody calls .train() on everything
     for step in range(4):
@@ -55,7 +55,7 @@ def test_a_few_steps_of_training(kind, boxes):
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(v, frozen[k]) for k, v in teacher.state_dict().items())
     assert list(student.state_dict()) == keys
-    assert all(k.startswith("loss.") for k in kd.state_dict())
+    assert all(k.startswith("losses.") for k in kd.state_dict())
     buffer = io.BytesIO()
     torch.save(student.state_dict(), buffer)
     buffer.seek(0)
@@ -70,7 +70,7 @@ def test_a_student_that_is_its_teacher_loses_nothing(kind, boxes):
     torch.manual_seed(0)
     student = detector(kind)
     teacher = copy.deepcopy(student)
-    kd = Distiller(student, teacher, gk(adapter="identity"), boxes=boxes)
+    kd = Distiller(student, teacher, gk(adapter="identity", boxes=boxes))
     images, targets = scenes()
     for _ in range(4):
         student(images, targets)
@@ -147,7 +147,7 @@ def test_a_teacher_with_masks_for_a_student_without():
     images, targets = scenes()
     student(images, targets)
     assert "kd_logits" in kd(images, targets)
-    assert kd._teacher.losses(images, targets) is None
+    assert kd._pair.teacher.losses(images, targets) is None
     report = kd.check(images, targets, verbose=False)
     assert not any("detection loss:" in x for x in report.facts)
 
@@ -162,7 +162,7 @@ def test_soft_labels_of_dense_detectors_with_unlike_levels():
     seen, seen_targets = {}, []
     kd = Distiller(student, teacher, gk())
     assert kd.loss.rdm.strides == (8, 16)
-    kd.loss.register_forward_pre_hook(
+    kd.loss.rdm.register_forward_pre_hook(
         lambda module, args, kwargs: (
             (seen.update(kwargs), seen_targets.append(args[2]))[:0] or None
         ),
@@ -229,7 +229,10 @@ def test_proposals_are_the_students_positives_with_their_labels():
 
     student.roi_heads.select_training_samples = spy
     loss.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(targets=args[2], **kwargs), with_kwargs=True
+        lambda module, args, kwargs: seen.update(
+            instances=args[2], targets=kwargs["positives"].proposals
+        ),
+        with_kwargs=True,
     )
     student(images, targets)
     kd(images, targets)
@@ -254,7 +257,7 @@ def test_proposals_are_the_students_positives_with_their_labels():
 def test_two_stage_soft_labels_compare_both_heads_on_the_same_proposals(boxes):
     torch.manual_seed(0)
     student, teacher = detector("faster_rcnn"), detector("faster_rcnn")
-    kd = Distiller(student, teacher, gk(logits=1.0, robust_logits=False), boxes=boxes)
+    kd = Distiller(student, teacher, gk(logits=1.0, robust_logits=False, boxes=boxes))
     images, targets = scenes()
     recorded = {}
     student.roi_heads.box_roi_pool.register_forward_hook(
@@ -286,7 +289,7 @@ def test_dense_soft_labels_lie_on_the_locations_the_detector_trains_as_positive(
     student, teacher = detector(kind), detector(kind)
     kd = Distiller(student, teacher, gk())
     seen = {}
-    kd.loss.register_forward_pre_hook(
+    kd.loss.rdm.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(targets=args[2], **kwargs), with_kwargs=True
     )
     images, targets = scenes()
@@ -459,10 +462,8 @@ def test_unlike_detectors_share_features_but_no_logits():
 def test_what_does_not_fit_is_named():
     images, targets = scenes()
     student = detector("faster_rcnn")
-    kd = Distiller(student, detector("faster_rcnn", num_classes=7), gk())
-    student(images, targets)
     with pytest.raises(ValueError, match="expected 4 class logits like the student's, but got 7"):
-        kd(images, targets)
+        Distiller(student, detector("faster_rcnn", num_classes=7), gk())
     kd = Distiller(student, detector("faster_rcnn"), gk())
     with pytest.raises(ValueError, match="never fired; run the model first"):
         kd(images, targets)
@@ -477,7 +478,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="labels: expected values below 2, but got 3"):
         kd(images, targets)
     with pytest.raises(ValueError, match="boxes: expected one of 'proposals', 'ground_truth'"):
-        Distiller(student, student, gk(), boxes="anchors")
+        Distiller(student, student, gk(boxes="anchors"))
     with pytest.raises(ValueError, match="Conv2d is not a detector of a framework known here"):
         Distiller(nn.Conv2d(3, 3, 1), detector("fcos"), gk())
     kd = Distiller(student, detector("faster_rcnn"), gk(total_steps=None))

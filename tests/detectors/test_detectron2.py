@@ -20,7 +20,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.structures import Instances, RotatedBoxes  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
-from global_kd.integrations.detectron2 import Detectron2Detector  # noqa: E402
+from global_kd.detectors.detectron2 import Detectron2Detector  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -147,7 +147,7 @@ def test_a_student_that_is_its_teacher_loses_nothing(kind, boxes):
     """Same network, identity adapters: every term is 0 and every robust weight 1."""
     torch.manual_seed(0)
     student = detector(kind)
-    kd = Distiller(student, copy.deepcopy(student), gk(adapter="identity"), boxes=boxes)
+    kd = Distiller(student, copy.deepcopy(student), gk(adapter="identity", boxes=boxes))
     images = batch(kind)
     for _ in range(3):
         step(student, (images,))
@@ -185,9 +185,9 @@ def test_boxes_are_in_pixels_of_the_network_input(kind, training, monkeypatch):
     images = mapped(tiny_config(kind), squares())
     seen = []
     for name in ("read", "observe"):
-        method = getattr(kd._student, name)
+        method = getattr(kd._pair.student, name)
         monkeypatch.setattr(
-            kd._student, name, lambda *a, method=method: seen.append(method(*a)) or seen[-1]
+            kd._pair.student, name, lambda *a, method=method: seen.append(method(*a)) or seen[-1]
         )
     if training:
         step(student, (images,))
@@ -228,7 +228,7 @@ def test_levels_go_from_fine_to_coarse_whatever_the_order_of_the_backbone(kind, 
         model.backbone.register_forward_hook(lambda m, a, out: dict(reversed(out.items())))
     kd = Distiller(student, teacher, gk())
     assert kd.loss.rdm.strides == strides
-    maps = kd._student.observe(batch(kind), None).look.maps
+    maps = kd._pair.student.observe(batch(kind), None).look.maps
     assert [x.shape[1] for x in maps] == channels
     # 96 x 96 after padding
     assert [x.shape[-1] for x in maps] == [-(-96 // s) for s in strides]
@@ -265,7 +265,7 @@ def test_proposals_and_soft_labels_are_those_the_student_trains_on(kind):
     stages = student.roi_heads.box_predictor
     predictor = stages[0] if kind == "cascade" else stages
     predictor.register_forward_hook(lambda m, a, out: recorded.update(logits=out[0]))
-    calls = spy(kd.loss)
+    calls, outer = spy(kd.loss.rdm), spy(kd.loss)
     images = batch(kind)
     step(student, (images,))
     terms = kd(images)
@@ -278,7 +278,7 @@ def test_proposals_and_soft_labels_are_those_the_student_trains_on(kind):
     assert torch.equal(args[2].labels, labels[positive])
     image = torch.cat([torch.full_like(x.gt_classes, i) for i, x in enumerate(sampled)])
     assert torch.equal(args[2].image_index, image[positive])
-    assert kwargs["instances"].boxes.shape == (4, 4)  # prototypes are made of the ground truth
+    assert outer[0][0][2].boxes.shape == (4, 4)  # prototypes are made of the ground truth
     assert torch.equal(kwargs["student_logits"], recorded["logits"][positive])
     # The teacher's own forward on all the sampled proposals.
     teacher_logits = []
@@ -301,16 +301,18 @@ def test_proposals_and_soft_labels_are_those_the_student_trains_on(kind):
 def test_each_proposal_knows_its_box(kind):
     torch.manual_seed(0)
     student = detector(kind)
-    kd = Distiller(student, detector(kind), gk(), boxes="ground_truth")
-    calls = spy(kd.loss)
+    kd = Distiller(student, detector(kind), gk(boxes="ground_truth"))
+    calls = spy(kd.loss.rdm)
     images = batch(kind)
     step(student, (images,))
-    positives = kd._student.read(kd._tap.read(), images, None, True).positives
+    positives = kd._pair.student.read(
+        kd._tap.read(), images, None, frozenset({"positives"})
+    ).sampled
     step(student, (images,))
     kd(images)
     [(args, kwargs)] = calls
     truth = args[2]
-    assert len(truth) == 4 and kwargs.get("instances") is None
+    assert len(truth) == 4
     mine = positives.proposals
     assert torch.equal(truth.labels[positives.box], mine.labels)
     assert torch.equal(truth.image_index[positives.box], mine.image_index)
@@ -336,7 +338,7 @@ def test_dense_soft_labels_lie_on_the_anchors_the_detector_trains_as_objects(kin
     student, teacher = detector(kind), detector(kind)
     kd = Distiller(student, teacher, gk())
     assert kd.loss.rdm.activation == "sigmoid"
-    calls = spy(kd.loss)
+    calls = spy(kd.loss.rdm)
     images = batch(kind)
     step(student, (images,))
     kd(images)
@@ -364,13 +366,15 @@ def test_dense_levels_that_only_one_side_has_are_left_out():
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = cfg.MODEL.ANCHOR_GENERATOR.SIZES[::4]
     student, teacher = detector("retinanet"), build(cfg)
     kd = Distiller(student, teacher, gk())
-    calls = spy(kd.loss)
+    calls = spy(kd.loss.rdm)
     boxes = torch.tensor([[4.0, 4, 36, 36], [0, 0, 96, 96]])
     images = mapped(
         tiny_config("retinanet"), [Scene(torch.rand(3, 96, 96), boxes, torch.tensor([0, 1]))]
     )
     step(student, (images,))
-    positives = kd._student.read(kd._tap.read(), images, None, True).positives
+    positives = kd._pair.student.read(
+        kd._tap.read(), images, None, frozenset({"positives"})
+    ).sampled
     step(student, (images,))
     kd(images)
     [(_, kwargs)] = calls
@@ -398,16 +402,18 @@ def test_box_heads_with_sigmoids_compare_only_the_foreground():
     assert kd.loss.rdm.activation == "sigmoid"
     images = batch()
     step(student, (images,))
-    positives = kd._student.read(kd._tap.read(), images, None, True).positives
+    positives = kd._pair.student.read(
+        kd._tap.read(), images, None, frozenset({"positives"})
+    ).sampled
     recorded = []
     predictor = student.roi_heads.box_predictor
     predictor.register_forward_hook(lambda m, args, out: recorded.append(out[0]))
-    look = kd._student.look(kd._student.observe(images, None).look.view)
-    soft, _ = kd._student.soft_labels(look, positives)
+    look = kd._pair.student.look(kd._pair.student.observe(images, None).look.view)
+    soft, _ = kd._pair.student.soft_labels(look, positives)
     torch.testing.assert_close(soft, recorded[0][:, :NUM_CLASSES])
     torch.testing.assert_close(soft, positives.logits)  # its own teacher
     unlike = Distiller(student, detector("faster"), gk())
-    assert not unlike.shares_logits
+    assert "positives" in unlike._pair.refusals
 
 
 @pytest.mark.parametrize(
@@ -454,7 +460,7 @@ def test_the_teacher_gets_its_own_channel_order_and_mean():
     step(student, (images,))
     kd(images)
     torch.testing.assert_close(calls[0][0][0], expected, atol=1e-4, rtol=1e-4)
-    rgb = kd._student.pixels.convert(student.preprocess_image(images[:1]).tensor, Pixels())[0]
+    rgb = kd._pair.student.pixels.convert(student.preprocess_image(images[:1]).tensor, Pixels())[0]
     assert made[0].image.mean(dim=(1, 2)).argmin() == 0  # little red
     assert rgb.mean(dim=(1, 2)).argmin() == 0
     assert rgb.min() >= 0 and rgb.max() <= 1

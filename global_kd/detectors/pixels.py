@@ -1,0 +1,153 @@
+"""A batch as a network saw it, and the same batch as another network takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a network's input is made from RGB in [0, 1]: ``x = (rgb * scale - mean) / std``.
+
+    Args:
+        mean: Per channel, in the network's own channel order.
+        std: Likewise.
+        scale: 1, or 255 where ``mean`` and ``std`` speak of bytes.
+        bgr: Whether the network takes blue first.
+        pad: Value of the network input where an image is padded.
+
+    Example:
+        >>> from global_kd import Pixels
+        >>> detectron2_default = Pixels(mean=(103.53, 116.28, 123.675), scale=255, bgr=True)
+        >>> imagenet = Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        >>> zero_to_one = Pixels()
+    """
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    scale: float = 1.0
+    bgr: bool = False
+    pad: float = 0.0
+
+    def same_values(self, other: "Pixels") -> bool:
+        """Whether both put the same numbers where the images are."""
+        return replace(self, pad=0.0) == replace(other, pad=0.0)
+
+    def convert(self, x: Tensor, to: "Pixels") -> Tensor:
+        """Network input ``(B, 3, H, W)`` in this format as one in another."""
+
+        def column(values: Sequence[float]) -> Tensor:
+            return x.new_tensor(values)[:, None, None]
+
+        rgb = (x * column(self.std) + column(self.mean)) * (to.scale / self.scale)
+        if self.bgr != to.bgr:
+            rgb = rgb.flip(1)
+        return (rgb - column(to.mean)) / column(to.std)
+
+
+IMAGENET = Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as a network saw it.
+
+    Attributes:
+        images: Network input ``(B, 3, H, W)``, padded at the right and bottom.
+        sizes: ``(height, width)`` of each image without its padding, as a sequence of pairs or an
+            int tensor ``(B, 2)``; ``None``: the whole canvas.
+    """
+
+    images: Any
+    sizes: Sequence[tuple[int, int]] | Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the canvas in pixels."""
+        height, width = self.images.shape[-2:]
+        return height, width
+
+    def inside(self) -> Tensor | None:
+        """True where an image is, bool ``(B, H, W)``; ``None``: everywhere."""
+        if self.sizes is None:
+            return None
+        (height, width), device = self.size, self.images.device
+        sizes = torch.as_tensor(self.sizes, device=device)
+        y = torch.arange(height, device=device) < sizes[:, :1]
+        x = torch.arange(width, device=device) < sizes[:, 1:]
+        return y[:, :, None] & x[:, None, :]
+
+
+class Taker(Protocol):
+    """What a detector takes: see :class:`global_kd.detectors.Detector`."""
+
+    pixels: Pixels | None
+
+    @property
+    def divisor(self) -> int:
+        """Its input is padded to multiples of this many pixels."""
+
+
+def translate(view: View, source: Pixels | None, target: Taker, *, scale: float = 1.0) -> View:
+    """A student's view as its teacher takes it.
+
+    The values are converted from the student's pixel format to the teacher's, the canvas is resized
+    by ``scale``, and padded at the right and bottom to the teacher's ``divisor``; no box moves, but
+    by the scale.
+
+    Raises:
+        ValueError: One side's pixel format is known and the other's is not.
+    """
+    convert = False
+    if (source is None) != (target.pixels is None):
+        unknown = "student" if source is None else "teacher"
+        raise ValueError(
+            f"{unknown}_pixels: expected the pixel format of the {unknown}'s input, since that of "
+            f"the other detector is known ({source or target.pixels}); pass {unknown}_pixels="
+            "Pixels(mean=..., std=...), or the other's if they are the same"
+        )
+    if source is not None and target.pixels is not None:
+        convert = not source.same_values(target.pixels)
+    x = view.images
+    tensor = isinstance(x, Tensor) and x.dim() == 4
+    if not tensor:
+        if convert or scale != 1:
+            raise ValueError(
+                "images: expected a batch (B, 3, H, W) to feed to a teacher with another pixel "
+                f"format or scale, but got {type(x).__name__}"
+            )
+        return view
+    pad = target.pixels.pad if target.pixels is not None else 0.0
+    repaint = convert or (source is not None and source.pad != pad)
+    if convert and source is not None and target.pixels is not None:
+        x = source.convert(x, target.pixels)
+    if repaint and (inside := view.inside()) is not None:
+        x = torch.where(inside[:, None], x, pad)
+    sizes = view.sizes
+    if scale != 1:
+        height, width = (round(side * scale) for side in view.size)
+        x = functional.interpolate(
+            x, (height, width), mode="bilinear", align_corners=False, antialias=scale < 1
+        )
+        if isinstance(sizes, Tensor):
+            sizes = (sizes * scale).round().to(sizes.dtype)
+        elif sizes is not None:
+            sizes = [(round(h * scale), round(w * scale)) for h, w in sizes]
+    down, right = (-side % target.divisor for side in x.shape[-2:])
+    if down or right:
+        if sizes is None:
+            sizes = [tuple(x.shape[-2:])] * len(x)
+        x = functional.pad(x, (0, right, 0, down), value=pad)
+    return view if x is view.images else View(x, sizes)
+
+
+def fitting(images: Any, model: nn.Module) -> Any:
+    """A tensor of images in the number type of a model's first parameter; all else as it is."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None or not isinstance(images, Tensor) or not images.is_floating_point():
+        return images
+    return images.to(like.dtype)

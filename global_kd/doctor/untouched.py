@@ -1,0 +1,50 @@
+"""A model that is run and looked at, and is afterwards as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """Modes, counters, buffers and the random state come back as they were."""
+    numbers = [(m, _numbers(m)) for model in models for m in model.modules()]
+    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for module, kept in numbers:
+                for name in _numbers(module).keys() - kept.keys():
+                    delattr(module, name)
+                vars(module).update(kept)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Its mode, and running means that are plain attributes, as Detectron2's RetinaNet has one."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float))}
+
+
+def train_all_but_statistics(model: nn.Module) -> None:
+    """Train mode, so that a detector computes its losses, with nothing random or moving in it."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            module.eval()
+
+
+def wait_for_no_rank(model: nn.Module) -> None:
+    """Synchronised batch norm, of any framework, uses its running means: one rank looks alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    own = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in own:
+            module.eval()

@@ -1,0 +1,16 @@
+"""Reading what named modules put out, without touching the model; finding feature pyramids."""
+
+from .discovery import Pyramid as Pyramid
+from .discovery import find_pyramids as find_pyramids
+from .discovery import pyramid_maps as pyramid_maps
+from .maps import feature_maps as feature_maps
+from .maps import infer_stride as infer_stride
+from .maps import infer_strides as infer_strides
+from .maps import level_shapes as level_shapes
+from .maps import tensors_in as tensors_in
+from .maps import tokens_to_maps as tokens_to_maps
+from .modules import evaluating as evaluating
+from .modules import resolve as resolve
+from .modules import sharded_modules as sharded_modules
+from .modules import unwrap as unwrap
+from .tap import FeatureTap as FeatureTap

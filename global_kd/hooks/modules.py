@@ -1,0 +1,77 @@
+"""Modules of a model: without wrappers, by their path, in eval mode."""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel")  # and mmengine's MM...
+WRAPPER_ATTRIBUTES = ("module", "_orig_mod")  # DataParallel, DDP; torch.compile
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The detector inside ``DataParallel``, DDP and ``torch.compile`` wrappers."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__name__.endswith(_WRAPPERS):
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """What FSDP2 (``fully_shard``) has taken over in a model, told by its methods."""
+    return [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path; wrapper prefixes (``module.``) are ignored.
+
+    Raises:
+        ValueError: No such module; the message lists the nearest names.
+    """
+    names = dict(unwrap(model).named_modules())
+    parts = path.split(".")
+    while parts[0] in WRAPPER_ATTRIBUTES and ".".join(parts) not in names:
+        parts = parts[1:] or [""]
+    if (plain := ".".join(parts)) in names:
+        found: nn.Module = names[plain]
+        return found
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or list(
+        dict(unwrap(model).named_children())
+    )
+    raise ValueError(
+        f"path: expected the name of a module of {type(unwrap(model)).__name__}, but got {path!r}; "
+        f"nearest: {', '.join(near)}"
+    )
+
+
+class evaluating:  # noqa: N801 - reads like a statement
+    """Context in which models are in eval mode; every module's own mode comes back afterwards.
+
+    What ran inside leaves no trace: modules compiled in place (``module.compile()``) run eagerly,
+    or they would be traced with the hooks of a look around; and the casts of an autocast region
+    that were made without gradient are forgotten, or (torch 2.4) the region's next forward would
+    train nothing.
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._models = models
+
+    def __enter__(self) -> None:
+        modules = [m for model in self._models for m in model.modules()]
+        self._modes = [(m, m.training) for m in modules]
+        self._compiled = [(m, call) for m in modules if (call := m._compiled_call_impl) is not None]
+        for model in self._models:
+            model.eval()
+        for module, _ in self._compiled:
+            module._compiled_call_impl = None
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self._modes:
+            module.training = mode
+        for module, call in self._compiled:
+            module._compiled_call_impl = call
+        torch.clear_autocast_cache()

@@ -1,0 +1,292 @@
+"""Two detectors as one: their paired levels, the facts they can give, and the step they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
+from .hooks import evaluating, infer_strides, sharded_modules
+from .pyramid import align_levels, pair_levels
+from .step import Dense, Grid, Positives, RegionOutputs, Regions, Step, pair_dense
+from .targets import Targets
+
+# What the student's own forward must be tapped for.
+_OF_STUDENT = {
+    "positives": "positives",
+    "proposals": "proposals",
+    "student_dense": "dense",
+    "dense": "dense",
+    "boxes": "boxes",
+    "bins": "bins",
+    "priors": "priors",
+    "assigned": "assigned",
+    "regions": "regions",
+    "teacher_regions": "regions",
+}
+_ALONE = {  # facts that one side gives by itself
+    "teacher_dense": (1, "dense"),
+    "teacher_head": (1, "teacher_head"),
+    "queries": (1, "queries"),
+    "student_dense": (0, "dense"),
+    "priors": (0, "priors"),
+    "assigned": (0, "assigned"),
+}
+
+
+class Pair:
+    """A student's and a teacher's reader.
+
+    Args:
+        student: In its role as student.
+        teacher: In its role as teacher.
+        models: The bare detectors.
+        scale: Side of the teacher's input in units of the student's.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        models: tuple[nn.Module, nn.Module],
+        scale: float,
+    ) -> None:
+        self.student, self.teacher, self.models, self.scale = student, teacher, models, scale
+        seen, looked = self._dry_run()
+        self.strides = _strides(seen), [stride / scale for stride in _strides(looked)]
+        pairs = pair_levels(*self.strides)
+        self.levels = [i for i, _ in pairs], [j for _, j in pairs]
+        self.channels = (
+            tuple(seen.maps[i].shape[1] for i in self.levels[0]),
+            tuple(looked.maps[j].shape[1] for j in self.levels[1]),
+        )
+        self.refusals = self._refusals(seen, looked)
+
+    def _dry_run(self) -> tuple[Look, Look]:
+        with torch.no_grad():
+            with evaluating(self.models[0]):
+                seen = self.student.look(self.student.example())
+            # FSDP2 keeps its root's parameters whole until a backward, which does not come here; an
+            # optimizer made now would be given those, and they do not stay.
+            for module in sharded_modules(self.models[0]):
+                module.reshard()
+            with evaluating(self.models[1]):
+                return seen, self.look(seen.view)
+
+    def look(self, view: View) -> Look:
+        """The teacher's maps of what the student saw."""
+        view = translate(view, self.student.pixels, self.teacher, scale=self.scale)
+        return self.teacher.look(view)
+
+    def taps(self, facts: frozenset[str]) -> dict[str, str]:
+        """Paths in the student to record for these facts."""
+        return {**self.student.taps, **self.student.taps_for(self._of_student(facts))}
+
+    def _of_student(self, facts: frozenset[str]) -> frozenset[str]:
+        return frozenset(_OF_STUDENT[fact] for fact in facts & _OF_STUDENT.keys())
+
+    # Which facts there are ------------------------------------------------------------------
+
+    def _refusals(self, seen: Look, looked: Look) -> dict[str, str]:
+        """Why a fact cannot be had, of each that cannot."""
+        sides = (self.student, self.teacher)
+        names = [f"the {side} ({type(m).__name__})" for side, m in self._named_models()]
+        refused: dict[str, str] = {}
+        for fact, (side, given) in _ALONE.items():
+            if given not in sides[side].gives:
+                refused[fact] = f"{names[side]} gives no {given.removeprefix('teacher_')}"
+        for fact in ("dense", "boxes", "bins", "regions"):
+            for name, detector in zip(names, sides, strict=True):
+                if fact not in detector.gives:
+                    refused.setdefault(fact, f"{name} gives no {fact}")
+        if "dense" not in refused:
+            try:
+                self._dry_dense(seen, looked)
+            except ValueError as error:
+                refused["dense"] = str(error)
+        for fact in ("boxes", "bins"):
+            if "dense" in refused:
+                refused.setdefault(fact, refused["dense"])
+        if "regions" in refused:
+            refused["teacher_regions"] = refused["regions"]
+        elif self.student.num_logits != self.teacher.num_logits:
+            refused["regions"] = refused["teacher_regions"] = (
+                f"the student has {self.student.num_logits} class logits a region, the teacher "
+                f"{self.teacher.num_logits}"
+            )
+        if (reason := self._no_positives()) is not None:
+            refused["positives"] = reason
+        return refused
+
+    def _named_models(self) -> list[tuple[str, nn.Module]]:
+        return list(zip(("student", "teacher"), self.models, strict=True))
+
+    def _dry_dense(self, seen: Look, looked: Look) -> None:
+        with torch.no_grad(), evaluating(*self.models):
+            student, teacher = self.student.dense(seen), self.teacher.dense(looked)
+        pair_dense(student, _scaled(teacher, self.scale))
+
+    def _no_positives(self) -> str | None:
+        student, teacher = self.student, self.teacher
+        if student.kind is None or student.kind != teacher.kind:
+            return "the two heads give no comparable class logits on positives"
+        if self.scale != 1:
+            return "teacher_scale is not 1"
+        mine, theirs = student.num_logits, teacher.num_logits
+        if mine is not None and theirs is not None and mine != theirs:
+            return f"the student has {mine} class logits, the teacher {theirs}"
+        return None
+
+    @property
+    def unlike_classes(self) -> bool:
+        """Whether heads of one kind differ in their number of classes, perhaps by mistake."""
+        student, teacher = self.student, self.teacher
+        counts = student.num_logits, teacher.num_logits
+        same_kind = student.kind is not None and student.kind == teacher.kind and self.scale == 1
+        return same_kind and None not in counts and counts[0] != counts[1]
+
+    # A step ---------------------------------------------------------------------------------
+
+    def read(
+        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
+    ) -> Seen:
+        """A training step of the student, as far as the facts ask for it."""
+        return self.student.read(tapped, images, targets, self._of_student(facts))
+
+    def maps(self, seen: Look, looked: Look) -> tuple[list[Tensor], list[Tensor]]:
+        """The paired levels of both, cell for cell the same places."""
+        pairs = [
+            align_levels(seen.maps[i], looked.maps[j], self.strides[0][i], self.strides[1][j])
+            for i, j in zip(*self.levels, strict=True)
+        ]
+        return [s for s, _ in pairs], [t for _, t in pairs]
+
+    def step(self, seen: Seen, looked: Look, facts: frozenset[str]) -> Step:
+        """Everything that the facts ask for, of one batch."""
+        student, teacher = self.maps(seen.look, looked)
+        strides = tuple(self.strides[0][i] for i in self.levels[0])
+        step = Step(student, teacher, strides, seen.truth, positives=self._positives(seen, looked))
+        return replace(step, **self._facts(seen, looked, facts))
+
+    def _positives(self, seen: Seen, looked: Look) -> Positives | None:
+        sampled = seen.sampled
+        if sampled is None:
+            return None
+        if sampled.logits is None or "positives" in self.refusals:
+            return Positives(sampled.box, sampled.proposals)
+        with torch.no_grad():
+            theirs, rows = self.teacher.soft_labels(looked, sampled)
+        mine = sampled.logits if rows is None else sampled.logits[rows]
+        return Positives(sampled.box, sampled.proposals, mine, theirs, rows)
+
+    def _facts(self, seen: Seen, looked: Look, facts: frozenset[str]) -> Mapping[str, Any]:
+        found: dict[str, Any] = {}
+        inner = facts & {"boxes", "bins", "priors"}
+        mine = theirs = rows = None
+        if facts & {"dense", "boxes", "bins", "student_dense", "priors"}:
+            mine = found["student_dense"] = self.student.dense(seen.look, inner)
+        if facts & {"dense", "boxes", "bins", "teacher_dense"}:
+            with torch.no_grad():
+                theirs = _scaled(self.teacher.dense(looked, inner - {"priors"}), self.scale)
+            found["teacher_dense"] = theirs
+        if facts & {"dense", "boxes", "bins"} and mine is not None and theirs is not None:
+            *pair, rows = pair_dense(mine, theirs)
+            found["dense"] = tuple(pair)
+        if "assigned" in facts and seen.assigned is not None:
+            found["assigned"] = seen.assigned if rows is None else seen.assigned[:, rows]
+        if "regions" in facts and seen.proposals is not None:
+            found["regions"] = self._regions(seen, looked, *seen.proposals)
+        if "teacher_regions" in facts:
+            with torch.no_grad():
+                proposals = self.teacher.proposals(looked)
+            boxes = replace(proposals, boxes=proposals.boxes / self.scale)
+            found["teacher_regions"] = self._regions(seen, looked, *_matched(boxes, seen.truth))
+        if "queries" in facts:
+            with torch.no_grad():
+                queries = self.teacher.queries(looked)
+            found["queries"] = replace(queries, boxes=queries.boxes / self.scale)
+        if "images" in facts:
+            found["images"] = seen.look.view.images
+        if "teacher_head" in facts:
+            found["teacher_head"] = _Head(self, looked, inner)
+        return found
+
+    def _regions(self, seen: Seen, looked: Look, proposals: Targets, box: Tensor) -> Regions:
+        mine = self.student.regions(seen.look, proposals)
+        with torch.no_grad():
+            there = replace(proposals, boxes=proposals.boxes * self.scale)
+            theirs: RegionOutputs = self.teacher.regions(
+                looked, proposals if self.scale == 1 else there
+            )
+        if theirs.boxes is not None and self.scale != 1:
+            theirs = replace(theirs, boxes=theirs.boxes / self.scale)
+        return Regions(proposals, box, mine, theirs)
+
+    def signature(self) -> str:
+        """What the teacher's features depend on: its weights, where they are read, its scale."""
+        parts = [fingerprint(self.models[1])]
+        if isinstance(self.teacher, ModuleDetector):
+            parts.append(f"at {self.teacher.taps['features']}")
+        if self.scale != 1:
+            parts.append(f"scale {self.scale:g}")
+        return ", ".join(parts)
+
+
+class _Head:
+    """The teacher's dense head on maps of its channels, on the paired levels or all of them."""
+
+    def __init__(self, pair: Pair, looked: Look, facts: frozenset[str]) -> None:
+        self._pair, self._looked, self._facts = pair, looked, facts
+
+    def __call__(self, maps: Sequence[Tensor]) -> Dense:
+        levels = self._pair.levels[1]
+        whole = list(self._looked.maps)
+        if len(maps) != len(levels):
+            raise ValueError(f"maps: expected {len(levels)} paired levels, but got {len(maps)}")
+        for j, x in zip(levels, maps, strict=True):
+            theirs = whole[j]
+            if x.shape[2:] != theirs.shape[2:]:  # cut to the shared cells
+                theirs = theirs.to(x.dtype, copy=True)
+                theirs[:, :, : x.shape[2], : x.shape[3]] = x
+                x = theirs
+            whole[j] = x.to(whole[j].dtype)
+        dense = self._pair.teacher.head(whole, self._looked, self._facts)
+        return _scaled(dense, self._pair.scale)
+
+
+def _scaled(dense: Dense, scale: float) -> Dense:
+    """A teacher's head in pixels of the student's network input."""
+    if scale == 1:
+        return dense
+    return replace(
+        dense,
+        grids=tuple(Grid(g.stride / scale, g.height, g.width, g.anchors) for g in dense.grids),
+        boxes=None if dense.boxes is None else dense.boxes / scale,
+        priors=None if dense.priors is None else dense.priors / scale,
+    )
+
+
+def _matched(proposals: Targets, truth: Targets) -> tuple[Targets, Tensor]:
+    """Proposals with the ground truth that each overlaps by half or more (-1: none)."""
+    if len(truth) == 0:
+        return proposals, torch.full_like(proposals.labels, -1)
+    a, b = proposals.boxes.float(), truth.boxes.to(proposals.boxes.device).float()
+    corner = torch.maximum(a[:, None, :2], b[None, :, :2])
+    end = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    common = (end - corner).clamp(min=0).prod(dim=2)
+    areas = [(x[:, 2:] - x[:, :2]).prod(dim=1) for x in (a, b)]
+    iou = common / (areas[0][:, None] + areas[1][None] - common).clamp(min=1e-9)
+    iou = iou * (proposals.image_index[:, None] == truth.image_index[None])
+    best, box = iou.max(dim=1)
+    box = torch.where(best >= 0.5, box, -1)
+    labels = torch.where(box >= 0, truth.labels[box.clamp(min=0)], proposals.labels)
+    return replace(proposals, labels=labels), box
+
+
+def _strides(look: Look) -> list[float]:
+    sizes = [(x.shape[2], x.shape[3]) for x in look.maps]
+    return list(infer_strides(look.view.size, sizes))

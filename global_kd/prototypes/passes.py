@@ -1,0 +1,199 @@
+"""Passes over a loader: prototypes of a whole data set, or those of another student found again."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..instances import pool_levels
+from ..targets import Targets
+from .adoption import Adoption
+from .bank import PrototypeBank, refuse_other
+from .generator import PrototypeGenerator
+from .teacher_rows import TeacherRows
+
+
+class Observation(Protocol):
+    """A batch of a loader in eval mode."""
+
+    @property
+    def truth(self) -> Targets:
+        """Its ground truth."""
+
+    @property
+    def student(self) -> Sequence[Tensor]:
+        """The student's maps, uncut."""
+
+    def both(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Maps of student and teacher on one grid; runs the teacher."""
+
+
+Observe = Callable[[Any, Any], Observation]
+
+
+class Passes:
+    """What fills a bank from the batches of a loader.
+
+    Args:
+        generator: Makes the prototypes.
+        bank: Keeps them.
+        strides: Of the bank's levels.
+        finish: New prototypes from the generator into the bank.
+    """
+
+    def __init__(
+        self,
+        generator: PrototypeGenerator,
+        bank: PrototypeBank,
+        strides: Sequence[float],
+        finish: Callable[[], None],
+    ) -> None:
+        self.generator, self.bank, self.strides = generator, bank, strides
+        self._finish = finish
+        self._kept: TeacherRows | None = None
+
+    def refresh(
+        self, loader: Iterable[Any], observe: Observe, signature: str, *, progress: bool
+    ) -> None:
+        """See :meth:`global_kd.Distiller.refresh`."""
+        generator, kept = self.generator, self._kept
+        if kept is not None and kept.signature != signature:
+            kept = None
+        generator.reset(None if kept is None else kept.turn)
+        compared, device = False, self.bank.student.device
+        for batch in _with_progress(loader) if progress else loader:
+            seen = observe(*batch_arguments(batch, device))
+            rows = kept.of(seen.truth, generator) if kept is not None else None
+            if rows is not None and compared:
+                mine = pool_levels(seen.student, seen.truth, self.strides)
+                generator.add(mine, rows, seen.truth)
+                continue
+            mine, theirs = (pool_levels(maps, seen.truth, self.strides) for maps in seen.both())
+            if rows is not None and rows.isfinite().any():
+                compared = True
+                if not _alike(rows, theirs):
+                    kept = None
+                    warnings.warn(
+                        "refresh: the teacher sees the first batch otherwise than in the last "
+                        "pass, so its rows of that pass are not used; a loader without random "
+                        "augmentation saves the teacher's work",
+                        stacklevel=3,
+                    )
+            generator.add(mine, theirs, seen.truth)
+        self._kept = TeacherRows(generator, signature)
+        if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
+            self.bank.clear()
+            self.bank.teacher_fingerprint = signature
+        self._finish()
+
+    def adopt(
+        self,
+        bank: PrototypeBank,
+        loader: Iterable[Any],
+        observe: Observe,
+        signature: str,
+        *,
+        progress: bool,
+    ) -> None:
+        """See :meth:`global_kd.Distiller.adopt`."""
+        self._refuse_stranger(bank, signature)
+        adoption, device = Adoption(bank, self.bank), self.bank.student.device
+        for batch in _with_progress(loader) if progress else loader:
+            seen = observe(*batch_arguments(batch, device))
+            if not len(seen.truth):
+                continue
+            if seen.truth.ids is None:
+                raise ValueError(
+                    "loader: expected targets with ids, by which the instances behind the "
+                    "prototypes are found, but got some without"
+                )
+            # The student's whole grids: where the teacher's are a cell smaller, only a box that
+            # reaches into that last cell is pooled otherwise than in training.
+            adoption.offer(seen.student, seen.truth, seen.truth.ids, self.strides)
+            if not adoption.missing:
+                break
+        wanted, missing = len(adoption), adoption.missing
+        if missing == wanted:
+            ids = bank.ids[bank.valid]
+            raise ValueError(
+                f"loader: expected instances of the bank (ids between {int(ids.min())} and "
+                f"{int(ids.max())}, with the class of their prototype), but got none"
+            )
+        if missing:
+            warnings.warn(
+                f"adopt: {missing} of {wanted} prototypes of the bank are dropped, since the "
+                "loader did not bring their instances",
+                stacklevel=3,
+            )
+        adoption.fill()
+
+    def sign(self, signature: str) -> None:
+        """Before training: prototypes to come are this teacher's, and so must those there be."""
+        if not self.bank.valid.any():
+            self.bank.teacher_fingerprint = signature
+        elif self.bank.teacher_fingerprint not in (None, signature):
+            raise ValueError(
+                f"teacher: expected that of the prototypes in the bank, "
+                f"{self.bank.teacher_fingerprint!r}, but got {signature!r}; kd.loss.bank.clear() "
+                "forgets them, kd.refresh(loader) makes new ones"
+            )
+
+    def _refuse_stranger(self, bank: PrototypeBank, signature: str) -> None:
+        """Raise where the teacher rows of a bank would mean something else here."""
+        own = self.bank
+        if not isinstance(bank, PrototypeBank):
+            raise TypeError(f"bank: expected a PrototypeBank, but got {type(bank).__name__}")
+        mine, theirs = own.get_extra_state(), bank.get_extra_state()
+        for name, expected, came in (
+            ("teacher", signature, bank.teacher_fingerprint),
+            ("strides", mine["strides"], theirs["strides"]),
+            ("levels", own.valid.shape[0], bank.valid.shape[0]),
+            ("classes", own.valid.shape[1], bank.valid.shape[1]),
+            ("teacher channels", own.teacher.shape[-1], bank.teacher.shape[-1]),
+        ):
+            if came != expected:
+                raise ValueError(f"bank: expected {name} {expected!r}, but got {came!r}")
+        refuse_other(mine, theirs, "bank: ")
+        without = int((bank.valid & (bank.ids < 0)).sum())
+        if without or not bank.valid.any():
+            raise ValueError(
+                "bank: expected prototypes with the ids of their instances (Targets(ids=...), or "
+                f"'ids' beside 'boxes'), but got {int(bank.valid.sum())}, {without} without"
+            )
+
+
+def _alike(rows: Tensor, others: Tensor) -> bool:
+    """Whether rows ``(L, R, C)`` are the same up to rounding; rows of NaN are not compared."""
+    known = rows.isfinite().all(dim=2)
+    a, b = rows[known], others[known].to(rows)
+    return bool(((a - b).norm(dim=1) <= 0.01 * a.norm(dim=1)).all())
+
+
+def batch_arguments(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    """Images and targets of a loader's batch; ``None`` for the latter where it is all in one."""
+    batch = _moved(batch, device)
+    if isinstance(batch, (list, tuple)) and not all(isinstance(x, Mapping) for x in batch):
+        images, targets = batch
+        return images, targets
+    return batch, None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors in containers on a device, as a loader of worker processes does not have them."""
+    if isinstance(value, (Tensor, Targets)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(x, device) for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(x, device) for x in value)
+    return value
+
+
+def _with_progress(loader: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # a bar is a comfort, not a dependency
+        return loader
+    return tqdm(loader, desc="prototypes", leave=False)  # type: ignore[no-any-return]
