@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from . import _check
 from .detectors import Detector, Look, ModuleDetector, Pixels, Seen, detector_of
-from .doctor import Report, examine
+from .doctor import Calibration, Report, examine, measure, weights_for
 from .hooks import FeatureTap, evaluating, unwrap
 from .losses.base import DistillLoss, Levels
 from .pair import Pair
 from .prototypes.bank import PrototypeBank
-from .prototypes.passes import Passes
+from .prototypes.passes import Passes, batch_arguments
 from .step import FACTS, Step
 from .targets import Targets
 
@@ -136,7 +136,7 @@ class Distiller(nn.Module):
             return next(iter(self.losses.values()))
         if self._keeper is not None:
             return self._keeper
-        raise AttributeError(
+        raise ValueError(  # an AttributeError would be taken for a name that does not exist
             f"loss: expected one loss, but there are {len(self.losses)}; take one of "
             f"kd.losses: {', '.join(self.losses)}"
         )
@@ -324,6 +324,76 @@ class Distiller(nn.Module):
         if verbose:
             print(report)
         return report
+
+    def calibrate(
+        self,
+        images: Any = None,
+        targets: Any = None,
+        *,
+        share: float | Mapping[str, float] = 0.3,
+        loader: Iterable[Any] | None = None,
+        batches: int = 4,
+        detection_loss: Callable[[nn.Module], Tensor] | None = None,
+        verbose: bool = True,
+    ) -> Calibration:
+        """Set the weights so that each term pulls with a share of the detection loss's gradient.
+
+        Published weights are tied to a detector, a resolution and a normaliser; a share is not. On
+        one batch, or several of a loader, the gradient of each term and of the detector's own loss
+        on the student's maps is measured, and the weights are set once. They are kept in
+        ``state_dict``. Terms without a weight stay off. Nothing else is changed.
+
+        Args:
+            images: A training batch, as for :meth:`forward`.
+            targets: Likewise.
+            share: Norm of a term's gradient in units of the detection loss's: one for all terms,
+                or by term (``{"kd_pkd": 0.2}``; those not named keep their weights).
+            loader: Batches to take instead of one.
+            batches: How many of them.
+            detection_loss: For detectors of no known framework: ``model -> scalar``, the
+                detector's own training loss on the batch given.
+            verbose: Print the table.
+
+        Returns:
+            Weights and shares before and after.
+
+        Raises:
+            ValueError: A share of a term that there is not, a detection loss that is not known.
+
+        Example:
+            >>> kd.calibrate(images, targets, share=0.3)  # doctest: +SKIP
+        """
+        names = [name for _, loss in self._each() for name in loss.term_names]
+        for name, value in share.items() if isinstance(share, Mapping) else [("share", share)]:
+            if isinstance(share, Mapping):
+                _check.one_of("share", name, names)
+            _check.positive("share", value)
+        if (images is None) == (loader is None):
+            raise ValueError(
+                "calibrate: expected a batch (images, targets), or loader=..., but got "
+                f"{'neither' if loader is None else 'both'}"
+            )
+        if loader is not None and detection_loss is not None:
+            raise ValueError(
+                "detection_loss: expected None beside loader, since it computes the loss of one "
+                "batch; pass images and targets instead"
+            )
+        given = [(images, targets)]
+        if loader is not None:
+            device = next(self._models[0].parameters()).device
+            taken = zip(range(batches), loader, strict=False)
+            given = [batch_arguments(batch, device) for _, batch in taken]
+        losses = dict(self._each())
+        found = [
+            measure(
+                self._pair, losses, self._tap, self._pass_on, self._wanted, *batch, detection_loss
+            )
+            for batch in given
+        ]
+        calibration = weights_for(losses, found, share)
+        if verbose:
+            print(calibration)
+        return calibration
 
     def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
         """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`."""

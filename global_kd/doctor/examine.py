@@ -41,17 +41,12 @@ def examine(
     facts: list[str] = []
     problems: list[str] = []
 
-    def own_loss(model: nn.Module, detector: Detector) -> Tensor | None:
-        if detection_loss is not None:
-            return detection_loss(model)
-        return detector.losses(images, targets)
-
     with untouched(*models):
         student.train()
         wait_for_no_rank(student)
         teacher.eval()
         with torch.enable_grad():
-            detection = own_loss(student, pair.student)
+            detection = own_loss(student, pair.student, images, targets, detection_loss)
             seen = pair.read(tap.read(), images, targets, facts_wanted)
             with torch.no_grad():
                 looked, again = pair.look(seen.look.view), pair.look(seen.look.view)
@@ -63,7 +58,7 @@ def examine(
         if pair.student.kind is not None and pair.student.kind == pair.teacher.kind:
             train_all_but_statistics(teacher)
             with torch.no_grad():
-                theirs = own_loss(teacher, pair.teacher)
+                theirs = own_loss(teacher, pair.teacher, images, targets, detection_loss)
         teacher.eval()
         with torch.no_grad():
             found = pair.teacher.detections(looked.view)
@@ -96,6 +91,19 @@ def examine(
     if keeper is not None:
         _prototypes(facts, problems, keeper, truth)
     return Report(rows, terms, facts, problems)
+
+
+def own_loss(
+    model: nn.Module,
+    detector: Detector,
+    images: Any,
+    targets: Any,
+    detection_loss: Callable[[nn.Module], Tensor] | None,
+) -> Tensor | None:
+    """A detector's own training loss on a batch; ``None``: unknown."""
+    if detection_loss is not None:
+        return detection_loss(model)
+    return detector.losses(images, targets)
 
 
 def trial_of(

@@ -70,24 +70,25 @@ class Report:
             mine, theirs = ("x".join(map(str, shape)) for shape in (x.student, x.teacher))
             sides = [x.student_path, mine, x.teacher_path, theirs]
             shown.append([f"{x.stride:g}", *sides, x.adapter, str(x.boxes)])
-        parts = [_table(shown)]
+        parts = [table(shown)]
         shown = [["term", "value", "/ detection", "gradient"]]
         for name, t in self.terms.items():
             share = "-" if t.share is None else f"{t.share:.3g}"
             shown.append([name, f"{t.value:.4g}", share, f"{t.gradient:.3g}"])
-        parts.append(_table(shown))
+        parts.append(table(shown))
         children = list(dict.fromkeys(c for t in self.terms.values() for c in t.reached))
         shown = [["gradient reaches", *self.terms]]
         for child in children:
             counts = [t.reached[child] for t in self.terms.values()]
             shown.append([child, *(f"{some}/{everything}" for some, everything in counts)])
-        parts.append(_table(shown))
+        parts.append(table(shown))
         parts.append("\n".join(f"- {x}" for x in self.facts))
         parts.append("\n".join(f"! {x}" for x in self.problems) or "No problem found.")
         return "\n\n".join(parts)
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Rows as lines, columns aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)

@@ -12,8 +12,8 @@ from global_kd import Distiller, GlobalKnowledgeLoss, Targets
 from global_kd.detectors import Detections
 from tests.small_loss import small_loss
 
-from .detectors.detectors import detector, scenes
-from .test_distiller import IMAGES, Detector
+from ..detectors.detectors import detector, scenes
+from ..test_distiller import IMAGES, Detector
 
 K = 4
 

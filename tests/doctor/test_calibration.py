@@ -1,0 +1,115 @@
+"""Weights as shares of the detection loss's gradient on the student's maps."""
+
+import copy
+
+import pytest
+import torch
+
+from global_kd import Distiller
+from global_kd.losses import PKD
+
+from ..detectors.detectors import detector, scenes
+from ..small_loss import small_loss
+from ..test_distiller import BOXES, IMAGES, Detector
+
+
+def norm(value, maps):
+    found = torch.autograd.grad(value, maps, retain_graph=True, allow_unused=True)
+    return torch.stack([x.square().sum() for x in found if x is not None]).sum().sqrt()
+
+
+def pair(kind, channels=8):
+    torch.manual_seed(channels)
+    student, teacher = detector(kind, channels), detector(kind, 12)
+    # Prototypes are there from the start, so that what is measured is what is trained.
+    kd = Distiller(student, teacher, [small_loss(4, refresh_every=None), PKD()])
+    kd.refresh([scenes(seed=3)], progress=False)
+    return student, kd
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "fcos"])
+def test_each_terms_gradient_is_its_share(kind):
+    student, kd = pair(kind)
+    images, targets = scenes()
+    before = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    table = kd.calibrate(images, targets, share=0.3, verbose=False)
+    assert all(torch.equal(v, before[0][k]) for k, v in student.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), before[1]) and kd.loss.step == 0
+    maps = []
+    hook = student.backbone.register_forward_hook(lambda m, a, out: maps.extend(out.values()))
+    detection = torch.stack(list(student(images, targets).values())).sum()
+    terms = kd(images, targets)
+    hook.remove()
+    whole = norm(detection, maps)
+    assert set(terms) == set(table.shares)
+    assert table.detection == pytest.approx(float(whole), rel=1e-4)
+    for name, value in terms.items():
+        assert float(norm(value, maps) / whole) == pytest.approx(0.3, rel=0.01), name
+        assert table.shares[name].wanted == 0.3
+
+
+def test_unlike_detectors_end_with_unlike_weights_and_equal_shares():
+    images, targets = scenes()
+    tables = [pair("retinanet", n)[1].calibrate(images, targets, verbose=False) for n in (8, 16)]
+    narrow, wide = (t.shares["kd_pkd"] for t in tables)
+    assert narrow.after != pytest.approx(wide.after, rel=0.05)
+    assert narrow.wanted == wide.wanted == 0.3
+
+
+def test_a_share_for_one_term_leaves_the_others():
+    _, kd = pair("retinanet")
+    images, targets = scenes()
+    weights = dict(kd.losses["global_knowledge"].weights)
+    first = kd.calibrate(images, targets, share={"kd_pkd": 0.2}, verbose=False)
+    assert kd.losses["global_knowledge"].weights == weights
+    again = kd.calibrate(images, targets, share={"kd_pkd": 0.2}, verbose=False)
+    assert again.shares["kd_pkd"].measured == pytest.approx(0.2, rel=1e-3)
+    assert again.shares["kd_pkd"].after == pytest.approx(first.shares["kd_pkd"].after, rel=1e-3)
+    assert "0.2" in str(again) and "kd_pkd" in str(again)
+
+
+def test_weights_are_resumed_and_several_batches_are_averaged():
+    _, kd = pair("retinanet")
+    loader = [scenes(seed=s) for s in range(3)]
+    kd.calibrate(loader=loader, batches=2, verbose=False)
+    both = dict(kd.losses["pkd"].weights)
+    _, one = pair("retinanet")
+    tables = [one.calibrate(*batch, share={"kd_pkd": 0.3}, verbose=False) for batch in loader[:2]]
+    # Means of norms, not of weights.
+    whole = sum(t.detection for t in tables)
+    sizes = sum(t.shares["kd_pkd"].wanted * t.detection / t.shares["kd_pkd"].after for t in tables)
+    assert both[""] == pytest.approx(0.3 * whole / sizes, rel=1e-4)
+    _, other = pair("retinanet")
+    other.load_state_dict(kd.state_dict())
+    assert other.losses["pkd"].weights == both
+    assert other.losses["global_knowledge"].weights == kd.losses["global_knowledge"].weights
+
+
+def test_a_home_made_detector_says_what_it_minimises():
+    student = Detector(4)
+    kd = Distiller(student, Detector(9), PKD(), example_inputs=(IMAGES,))
+
+    def loss(model):
+        return sum(x.square().mean() for x in model(IMAGES))
+
+    table = kd.calibrate(IMAGES, BOXES, detection_loss=loss, share=0.5, verbose=False)
+    assert kd.loss.weights[""] == table.shares["kd_pkd"].after > 0
+    for arguments, message in (
+        ({"images": IMAGES, "targets": BOXES}, "detection_loss: expected a function"),
+        ({}, r"expected a batch \(images, targets\), or loader=..., but got neither"),
+        (
+            {"images": IMAGES, "targets": BOXES, "share": {"kd_fgd": 1.0}},
+            "share: expected one of 'kd_pkd', but got 'kd_fgd'",
+        ),
+        ({"images": IMAGES, "share": 0.0}, "share: expected a number > 0"),
+        (
+            {
+                "images": IMAGES,
+                "targets": BOXES,
+                "detection_loss": lambda m: m(IMAGES)[0].sum() * 0,
+            },
+            "expected a detection loss with a gradient on the feature maps",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kd.calibrate(**arguments)
