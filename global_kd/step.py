@@ -186,7 +186,7 @@ def pair_dense(student: Dense, teacher: Dense) -> tuple[Dense, Dense, Tensor | N
         mine, theirs = (f"{x.logits.shape[2]} of {x.activation}" for x in (student, teacher))
         raise ValueError(f"the student has {mine} class logits a location, the teacher {theirs}")
     device = student.logits.device
-    mine_rows, their_rows, grids = _shared(student.grids, teacher.grids, device)
+    mine_rows, their_rows, grids = shared_locations(student.grids, teacher.grids, device)
     if mine_rows is not None:
         student = student.take(mine_rows, grids)
     if their_rows is not None:
@@ -195,13 +195,24 @@ def pair_dense(student: Dense, teacher: Dense) -> tuple[Dense, Dense, Tensor | N
 
 
 @lru_cache(maxsize=64)
-def _shared(
+@torch.inference_mode(False)  # kept from one step to the next, which may need gradients
+def shared_locations(
     student: tuple[Grid, ...], teacher: tuple[Grid, ...], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, tuple[Grid, ...]]:
-    """Indices of the shared locations on either side (``None``: all in order), and their grids."""
+    """Which locations two dense heads share: levels of equal stride, cut to the smaller grid.
+
+    Of several levels of one stride the last ones belong together.
+
+    Returns:
+        Indices of the shared locations on either side, int64 ``(M,)`` (``None``: all, in order),
+        and their grids. Do not write to them: they are kept.
+
+    Raises:
+        ValueError: No common stride, or unlike numbers of anchors at one.
+    """
     partners: list[tuple[int, int]] = []
     free = list(range(len(teacher)))
-    for i in reversed(range(len(student))):  # of equal strides the last ones belong together
+    for i in reversed(range(len(student))):
         fitting = [j for j in free if teacher[j].stride == student[i].stride]
         if fitting:
             free.remove(fitting[-1])

@@ -8,7 +8,6 @@ bottom, so they are in pixels of the network input. Labels are Detectron2's: for
 background, in its *last* column; soft labels are taken over all of them.
 """
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,19 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import evaluating
+from ..step import Dense, RegionOutputs, shared_locations
 from ..targets import Targets
-from .pixels import Pixels, View
+from .detectron2_batch import ground_truth, image_list, pack
+from .detectron2_heads import BoxHead, DenseHead, in_full_precision, matched
+from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
-# Where a box head shows the proposals it trains on, and their class logits.
+# Where a box head shows the proposals it trains on, and what it says of them.
 _ROI_TAPS = {
     # Of the cascade's stages the first: it alone sees sampled proposals.
-    "CascadeROIHeads": {"proposals": "roi_heads", "logits": "roi_heads.box_predictor.0"},
-    "StandardROIHeads": {"pooled": "roi_heads.box_pooler", "logits": "roi_heads.box_predictor"},
-    "Res5ROIHeads": {"pooled": "roi_heads.pooler", "logits": "roi_heads.box_predictor"},
+    "CascadeROIHeads": {"proposals": "roi_heads", "predictions": "roi_heads.box_predictor.0"},
+    "StandardROIHeads": {
+        "pooled": "roi_heads.box_pooler",
+        "predictions": "roi_heads.box_predictor",
+    },
+    "Res5ROIHeads": {"pooled": "roi_heads.pooler", "predictions": "roi_heads.box_predictor"},
 }
+_DENSE = frozenset({"dense", "boxes", "priors", "assigned", "teacher_head"})
 
 
 class Detectron2Detector(MapsOnly):
@@ -62,36 +68,45 @@ class Detectron2Detector(MapsOnly):
             )
         self._two_stage = "GeneralizedRCNN" in classes
         self.taps = {"images": "backbone", "features": "backbone"}
+        self.inputs = ("images", "pooled")
         self.family = "two-stage" if self._two_stage else "one-stage"
-        self._sampling: dict[str, str] = {}
         self.kind: str | None = None
-        self.activation, self._foreground_only = "softmax", False
+        self.activation = "softmax"
         self.num_logits: int | None = None
         owner = model.roi_heads if self._two_stage else model
         self.num_classes: int | None = getattr(owner, "num_classes", None)
+        strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
+        self._levels = sorted(strides, key=lambda name: strides[name])
+        self._sampling: dict[str, str] = {}
+        self._box_head: BoxHead | None = None
+        self._dense_head: DenseHead | None = None
+        self._dense_taps: dict[str, str] = {}
         if self._two_stage:
-            heads = _detectron2_classes(model.roi_heads)
+            heads, rpn = _detectron2_classes(model.roi_heads), model.proposal_generator
             roi = next((taps for name, taps in _ROI_TAPS.items() if name in heads), None)
             if roi is not None:
-                self._sampling = roi
-                predictor = _first_stage(model.roi_heads.box_predictor)
-                # With sigmoids nobody trains the background's column.
-                self._foreground_only = getattr(predictor, "use_sigmoid_ce", False)
-                self.activation = "sigmoid" if self._foreground_only else "softmax"
+                self._sampling, self._box_head = roi, BoxHead(model.roi_heads)
+                self.activation = self._box_head.activation
                 self.kind = f"detectron2 two-stage {self.activation}"
-                self.num_logits = predictor.cls_score.out_features - self._foreground_only
+                self.num_logits = self._box_head.num_logits
+                self.gives |= {"positives", "regions"}
+            if _finds_upright_boxes(rpn):
+                self._dense_head = DenseHead(rpn, rpn.rpn_head, rpn.in_features, strides, 1)
+                self._dense_taps = {
+                    "head": "proposal_generator.rpn_head",
+                    "anchors": "proposal_generator.anchor_generator",
+                }
+                self.gives |= _DENSE
         elif hasattr(model, "label_anchors"):
-            self._sampling = {"logits": "head", "anchors": "anchor_generator"}
+            levels, number = model.head_in_features, model.num_classes
+            self._dense_head = DenseHead(model, model.head, levels, strides, number)
+            self._dense_taps = {"head": "head", "anchors": "anchor_generator"}
             self.kind, self.activation = f"detectron2 {classes[0]}", "sigmoid"
             self.num_logits = model.num_classes
-        self.inputs = ("images", "pooled")
-        if self._sampling:
-            self.gives = frozenset({"images", "positives"})
+            self.gives |= _DENSE | {"positives"}
         mean, std = (tuple(x.flatten().tolist()) for x in (model.pixel_mean, model.pixel_std))
         order = getattr(model, "input_format", None) or "BGR"
         self.pixels = Pixels(mean, std, 255, order == "BGR") if order in ("BGR", "RGB") else None
-        strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
-        self._levels = sorted(strides, key=lambda name: strides[name])
 
     @property
     def divisor(self) -> int:
@@ -102,15 +117,21 @@ class Detectron2Detector(MapsOnly):
         return max(1, int(backbone.size_divisibility), *constraints.values())
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
-        wanted = {"positives", "proposals"} if self._two_stage else {"positives"}
-        return dict(self._sampling) if facts & wanted else {}
+        taps: dict[str, str] = {}
+        if facts & {"dense", "boxes", "priors"} or (not self._two_stage and "positives" in facts):
+            taps |= self._dense_taps
+        elif "assigned" in facts and self._dense_taps:
+            taps["anchors"] = self._dense_taps["anchors"]
+        if facts & {"positives", "proposals", "regions"}:
+            taps |= self._sampling
+        return taps
 
     def example(self) -> View:
         channels, like = len(self.model.pixel_mean), self.model.pixel_mean
         return View(like.new_zeros(1, channels, _EXAMPLE_SIZE, _EXAMPLE_SIZE))
 
     def look(self, view: View) -> Look:
-        return self._look(self.model.backbone(view.images), view)
+        return self._look(self.model.backbone(fitting(view.images, self.model)), view)
 
     def _look(self, features: dict[str, Tensor], view: View) -> Look:
         return Look([features[name] for name in self._levels], view, features)
@@ -118,40 +139,79 @@ class Detectron2Detector(MapsOnly):
     def read(
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
     ) -> Seen:
-        truth = _ground_truth(images, targets, tapped["images"][0].device)
+        truth = ground_truth(images, targets, tapped["images"][0].device)
         if not self.model.training:
             raise ValueError("student: expected its last forward in train mode, but it is in eval")
         view = View(tapped["images"][0], [tuple(x["image"].shape[-2:]) for x in images])
-        packed = _pack(truth)
-        sampled = None
-        if "pooled" in tapped:
-            sampled = self._positive_proposals(tapped["pooled"][1], tapped["logits"][0], truth)
-        elif "proposals" in tapped:
-            boxes = [x.proposal_boxes for x in tapped["proposals"][0]]
-            sampled = self._positive_proposals(boxes, tapped["logits"][0], truth)
-        elif "anchors" in tapped and "positives" in facts:
-            logits = tapped["logits"][0]
-            sampled = self._positive_locations(tapped["anchors"], logits, truth)
         look = replace(self._look(tapped["features"], view), tapped=tapped)
-        return Seen(look, packed, sampled)
+        seen = Seen(look, pack(truth))
+        if self._sampling and facts & {"positives", "proposals", "regions"}:
+            seen = self._with_proposals(seen, truth, facts)
+        dense = self._dense_head
+        located = not self._two_stage and "positives" in facts
+        if dense is not None and (located or "assigned" in facts):
+            assigned = dense.assigned(self._anchors(look), truth)
+            if located:
+                seen = replace(seen, sampled=self._positive_locations(look, assigned))
+            if "assigned" in facts:
+                seen = replace(seen, assigned=assigned)
+        return seen
 
     def observe(self, images: Any, targets: Any) -> Seen:
-        truth = _ground_truth(images, targets, self.model.pixel_mean.device)
+        truth = ground_truth(images, targets, self.model.pixel_mean.device)
         padded = self.model.preprocess_image(images)
-        return Seen(self.look(View(padded.tensor, padded.image_sizes)), _pack(truth))
+        return Seen(self.look(View(padded.tensor, padded.image_sizes)), pack(truth))
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
-        model, features = self.model, look.raw
-        if not self._two_stage:
-            maps = [features[name] for name in model.head_in_features]
-            return self._labels_of_locations(model.head(maps)[0], *sampled.raw)
-        heads = model.roi_heads
-        maps = [features[name] for name in heads.in_features]
-        if hasattr(heads, "box_pooler"):
-            rows = _first_stage(heads.box_head)(heads.box_pooler(maps, sampled.raw))
+        if self._box_head is not None:
+            logits, _ = self._box_head.run(look.raw, sampled.raw)
+            return self._box_head.columns(logits), None
+        mask, grids = sampled.raw
+        dense = self.dense(look)
+        mine, theirs, _ = shared_locations(grids, dense.grids, mask.device)
+        where = torch.full_like(mask[0], -1, dtype=torch.int64)
+        everything = torch.arange(dense.logits.shape[1], device=mask.device)
+        where[slice(None) if mine is None else mine] = everything if theirs is None else theirs
+        image, location = mask.nonzero(as_tuple=True)
+        rows = (where[location] >= 0).nonzero()[:, 0]
+        return dense.logits[image[rows], where[location[rows]]], rows
+
+    def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
+        if self._dense_head is None:
+            raise self._without("dense")
+        if look.tapped is None or "head" not in look.tapped:
+            return self._dense_head.run(look.raw, facts)
+        return self._dense_head.read(look.tapped["head"], self._anchors(look), facts)
+
+    def head(
+        self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        if self._dense_head is None:
+            raise self._without("teacher_head")
+        return self._dense_head.run(dict(zip(self._levels, maps, strict=True)), facts)
+
+    def regions(self, look: Look, boxes: Targets) -> RegionOutputs:
+        if self._box_head is None:
+            raise self._without("regions")
+        tapped = look.tapped or {}
+        if tapped.get("trained on") is boxes.boxes:
+            logits, deltas = tapped["predictions"]
         else:
-            rows = heads.res5(heads.pooler(maps, sampled.raw)).mean(dim=(2, 3))
-        return self._columns(_first_stage(heads.box_predictor)(rows)[0]), None
+            logits, deltas = self._box_head.run_packed(look.raw, boxes)
+        return self._box_head.read(logits, deltas, boxes.boxes)
+
+    @torch.no_grad()
+    def proposals(self, look: Look) -> Targets:
+        if self._dense_head is None or not self._two_stage:
+            raise self._without("teacher_regions")
+        rpn = self.model.proposal_generator
+        with evaluating(rpn), in_full_precision(self.model, self._dense_head.head):
+            found, _ = rpn(image_list(look.view), look.raw, None)
+        boxes = [x.proposal_boxes.tensor for x in found]
+        labels = [x.new_zeros(len(x), dtype=torch.int64) for x in boxes]
+        return Targets.from_list(
+            [{"boxes": x, "labels": y} for x, y in zip(boxes, labels, strict=True)]
+        )
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         from detectron2.utils.events import EventStorage, has_event_storage
@@ -162,13 +222,9 @@ class Detectron2Detector(MapsOnly):
 
     @torch.no_grad()
     def detections(self, view: View) -> list[Detections] | None:
-        from detectron2.structures import ImageList
-
-        model, x = self.model, view.images
-        sizes = [view.size] * len(x) if view.sizes is None else view.sizes
-        images = ImageList(x, [(int(h), int(w)) for h, w in sizes])
-        with evaluating(model):
-            features = model.backbone(x)
+        model, images = self.model, image_list(view)
+        with evaluating(model), in_full_precision(model, *self._outputs()):
+            features = model.backbone(fitting(view.images, model))
             if not self._two_stage:
                 maps = [features[name] for name in model.head_in_features]
                 found = model.forward_inference(images, maps, model.head(maps))
@@ -185,116 +241,65 @@ class Detectron2Detector(MapsOnly):
     def detach(self) -> None:
         pass
 
-    def _columns(self, logits: Tensor) -> Tensor:
-        return logits[:, :-1] if self._foreground_only else logits
+    def _outputs(self) -> list[nn.Module]:
+        """The modules whose outputs are decoded and filtered."""
+        if not self._two_stage:
+            return [self.model.head]
+        predictor = getattr(self.model.roi_heads, "box_predictor", None)
+        stages = list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
+        heads = [getattr(self.model.proposal_generator, "rpn_head", None), *stages]
+        return [head for head in heads if head is not None]
 
-    def _positive_proposals(
-        self, proposals: Sequence[Any], logits: Tensor, truth: Sequence[Any]
-    ) -> Sampled:
-        """The student's sampled positives, matched with the ground truth once more."""
-        from detectron2.structures import pairwise_iou
+    def _anchors(self, look: Look) -> Sequence[Any]:
+        assert self._dense_head is not None
+        if look.tapped is not None and "anchors" in look.tapped:
+            anchors: Sequence[Any] = look.tapped["anchors"]
+            return anchors
+        return self._dense_head.anchors(look.raw)
 
-        first, kept, box, labels, index, masks = 0, [], [], [], [], []
-        for i, (boxes, one) in enumerate(zip(proposals, truth, strict=True)):
-            quality = pairwise_iou(one.gt_boxes, boxes)
-            matched, sign = self.model.roi_heads.proposal_matcher(quality)
-            mask = sign == 1
-            matched = matched[mask]
-            kept.append(boxes[mask])
-            masks.append(mask)
-            box.append(matched + first)
-            labels.append(one.gt_classes[matched])
-            index.append(torch.full_like(matched, i))
-            first += len(one)
-        corners = torch.cat([x.tensor for x in kept]).float()
-        found = Targets(corners, torch.cat(labels), torch.cat(index))
-        rows = self._columns(logits[torch.cat(masks)])
-        return Sampled(rows, torch.cat(box), found, kept)
+    @torch.no_grad()
+    def _with_proposals(self, seen: Seen, truth: Sequence[Any], facts: frozenset[str]) -> Seen:
+        """The student's sampled proposals, matched with the ground truth once more."""
+        assert seen.look.tapped is not None and self._box_head is not None
+        tapped, packed = seen.look.tapped, seen.truth
+        if "pooled" in tapped:
+            boxes = tapped["pooled"][1]
+        else:
+            boxes = [x.proposal_boxes for x in tapped["proposals"][0]]
+        by_image = matched(boxes, truth, self.model.roi_heads.proposal_matcher)
+        box = torch.cat(by_image)
+        corners = torch.cat([x.tensor for x in boxes]).float()
+        none = packed.labels.new_zeros(1)  # the last row stands for the background
+        labels = torch.cat([packed.labels, none])[box.clamp(min=-1)]
+        counts = torch.tensor([len(x) for x in boxes], device=box.device)
+        image = torch.arange(len(boxes), device=box.device).repeat_interleave(
+            counts, output_size=len(box)
+        )
+        found = Targets(corners, labels, image)
+        if "regions" in facts:
+            look = replace(seen.look, tapped={**tapped, "trained on": corners})
+            seen = replace(seen, look=look, proposals=(found, box))
+        if facts & {"positives", "proposals"}:
+            mask, masks = box >= 0, [x >= 0 for x in by_image]
+            rows = None
+            if "positives" in facts:
+                with torch.enable_grad():
+                    rows = self._box_head.columns(tapped["predictions"][0][mask])
+            kept = [x[m] for x, m in zip(boxes, masks, strict=True)]
+            positive = Targets(corners[mask], labels[mask], image[mask])
+            seen = replace(seen, sampled=Sampled(rows, box[mask], positive, kept))
+        return seen
 
-    def _positive_locations(
-        self, anchors: Sequence[Any], logits: Sequence[Tensor], truth: Sequence[Any]
-    ) -> Sampled:
-        """The anchors that a dense student trains as objects."""
-        # Instead of its class, each box gets its own number, below the detector's own marks (-1:
-        # ignored, num_classes: background), and so the detector itself says which anchor is whose.
-        first, numbered = 0, []
-        for one in truth:
-            number = -2 - first - torch.arange(len(one), device=one.gt_classes.device)
-            numbered.append(_instances(one, one.gt_boxes, number))
-            first += len(one)
-        marks, _ = self.model.label_anchors(list(anchors), numbered)
-        marks = torch.stack(marks)
-        mask = marks < -1
-        rows = torch.cat([self._by_location(x) for x in logits], dim=1)[mask]
-        return Sampled(rows, -2 - marks[mask], raw=(mask, self._grids(logits)))
-
-    def _labels_of_locations(
-        self, logits: Sequence[Tensor], mask: Tensor, grids: Sequence[tuple[int, ...]]
-    ) -> tuple[Tensor, Tensor]:
-        """Levels belong together where stride, grid and number of anchors are equal."""
-        mine = dict(zip(self._grids(logits), map(self._by_location, logits), strict=True))
-        like = logits[0]
-        padded, known = [], []
-        for grid in grids:
-            locations = math.prod(grid[1:])
-            absent = like.new_zeros(len(like), locations, self.model.num_classes)
-            padded.append(mine.get(grid, absent))
-            known.append(mask.new_full((locations,), grid in mine))
-        rows = torch.cat(known).expand_as(mask)[mask].nonzero()[:, 0]
-        return torch.cat(padded, dim=1)[mask][rows], rows
-
-    def _grids(self, logits: Sequence[Tensor]) -> list[tuple[int, ...]]:
-        """Stride, height, width and anchors per cell of each level ``(B, A * K, H, W)``."""
-        shapes, classes = self.model.backbone.output_shape(), self.model.num_classes
-        return [
-            (shapes[name].stride, *x.shape[2:], x.shape[1] // classes)
-            for name, x in zip(self.model.head_in_features, logits, strict=True)
-        ]
-
-    def _by_location(self, logits: Tensor) -> Tensor:
-        """One level's logits ``(B, A * K, H, W)`` as ``(B, H * W * A, K)``."""
-        classes: int = self.model.num_classes
-        rows: Tensor = logits.unflatten(1, (-1, classes)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-        return rows
+    def _positive_locations(self, look: Look, assigned: Tensor) -> Sampled:
+        """The locations that a dense student trains as objects."""
+        dense, mask = self.dense(look), assigned >= 0
+        return Sampled(dense.logits[mask], assigned[mask], raw=(mask, dense.grids))
 
 
 def _detectron2_classes(model: Any) -> list[str]:
     return [c.__name__ for c in type(model).__mro__ if c.__module__.startswith("detectron2.")]
 
 
-def _first_stage(head: Any) -> Any:
-    return head[0] if isinstance(head, nn.ModuleList) else head
-
-
-def _ground_truth(batch: Any, targets: Any, device: torch.device) -> list[Any]:
-    """The ``Instances`` of a batch."""
-    if targets is not None:
-        raise ValueError(
-            "targets: expected None, since Detectron2 puts the ground truth into the batch: "
-            f"kd(batch); but got {type(targets).__name__}"
-        )
-    if not isinstance(batch, (list, tuple)) or not all(isinstance(x, dict) for x in batch):
-        raise ValueError(
-            "images: expected Detectron2's batch, a list of dictionaries, but got "
-            f"{type(batch).__name__}"
-        )
-    for i, one in enumerate(batch):
-        if "instances" not in one or not one["instances"].has("gt_boxes"):
-            raise ValueError(
-                f"images[{i}]: expected ground truth, 'instances' with gt_boxes and gt_classes, "
-                f"but got the keys {sorted(one)}"
-            )
-    return [
-        _instances(x, x.gt_boxes.to(device), x.gt_classes.to(device))  # without masks and the like
-        for x in (one["instances"] for one in batch)
-    ]
-
-
-def _instances(like: Any, boxes: Any, classes: Tensor) -> Any:
-    return type(like)(like.image_size, gt_boxes=boxes, gt_classes=classes)
-
-
-def _pack(truth: Sequence[Any]) -> Targets:
-    return Targets.from_list(
-        [{"boxes": x.gt_boxes.tensor.float(), "labels": x.gt_classes} for x in truth]
-    )
+def _finds_upright_boxes(rpn: Any) -> bool:
+    """Whether a proposal generator is a proposal network, and not one of rotated boxes."""
+    return hasattr(rpn, "rpn_head") and getattr(rpn.anchor_generator, "box_dim", 4) == 4
