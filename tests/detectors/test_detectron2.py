@@ -359,7 +359,7 @@ def test_dense_soft_labels_lie_on_the_anchors_the_detector_trains_as_objects(kin
 
 
 def test_dense_levels_that_only_one_side_has_are_left_out():
-    """Locations are those of equal grids; the rest of the positives has no soft label."""
+    """Levels pair by stride; the rest of the positives has no soft label."""
     torch.manual_seed(0)
     cfg = tiny_config("retinanet")
     cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p7"]
@@ -380,8 +380,9 @@ def test_dense_levels_that_only_one_side_has_are_left_out():
     [(_, kwargs)] = calls
     mask, grids = positives.raw
     # 64 px: P6 and P7 have one cell each, and only the latter is the teacher's, too.
-    assert grids == [(8, 8, 8, 9), (16, 4, 4, 9), (32, 2, 2, 9), (64, 1, 1, 9), (128, 1, 1, 9)]
-    known = torch.cat([torch.full((h * w * a,), s in (8, 128)) for s, h, w, a in grids])
+    cells = [(g.stride, g.height, g.width, g.anchors) for g in grids]
+    assert cells == [(8, 8, 8, 9), (16, 4, 4, 9), (32, 2, 2, 9), (64, 1, 1, 9), (128, 1, 1, 9)]
+    known = torch.cat([torch.full((g.rows,), g.stride in (8, 128)) for g in grids])
     rows = known.expand_as(mask)[mask]
     assert not rows.all() and rows.any()
     assert torch.equal(kwargs["student_logits"], positives.logits[rows])
