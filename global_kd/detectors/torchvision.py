@@ -5,28 +5,26 @@ of the student's ``transform``. Labels are torchvision's: 0 is the background in
 detectors and SSD, so ``num_classes`` of the loss counts it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hooks import evaluating, feature_maps
+from ..step import Dense, RegionOutputs, shared_locations
 from ..targets import Targets
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
+from .torchvision_dense import DenseHead, StandIn, family, firsts
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
-
-_KINDS = {
-    "FasterRCNN": "two-stage",
-    "RetinaNet": "retinanet",
-    "FCOS": "fcos",
-    "SSD": "ssd",
-}
 
 
 class TorchvisionDetector(MapsOnly):
     """A torchvision detector.
+
+    The dense head of a two-stage detector is its region proposal network: one logit, "object".
 
     Args:
         model: With ``roi_heads`` (two-stage) or ``head.classification_head`` (dense).
@@ -39,15 +37,18 @@ class TorchvisionDetector(MapsOnly):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._family = _family(model)
-        self.kind: str | None = f"torchvision {self._family}"
+        kind = family(model)
+        self._two_stage = kind == "two-stage"
+        self._dense = DenseHead(model, kind)
+        self.kind: str | None = f"torchvision {kind}"
         # 0 is the background, but where each class has a sigmoid of its own.
-        self.first_label = int(self._family in ("two-stage", "ssd"))
-        self.activation = "sigmoid" if self._family in ("retinanet", "fcos") else "softmax"
+        self.first_label = int(kind in ("two-stage", "ssd"))
+        self.activation = "softmax" if self._two_stage else self._dense.activation
         self.taps = {"images": "transform", "features": "backbone"}
-        self.family = "two-stage" if self._family == "two-stage" else "one-stage"
-        self.gives = frozenset({"images", "positives"})
         self.inputs = ("roi",)
+        self.family = "two-stage" if self._two_stage else "one-stage"
+        gives = ["images", "positives", "dense", "boxes", "priors", "assigned", "teacher_head"]
+        self.gives = frozenset([*gives, "regions"] if self._two_stage else gives)
         transform = model.transform
         self.pixels: Pixels | None = Pixels(
             tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std))
@@ -55,7 +56,7 @@ class TorchvisionDetector(MapsOnly):
 
     @property
     def num_logits(self) -> int | None:
-        if self._family == "two-stage":
+        if self._two_stage:
             score = getattr(self.model.roi_heads.box_predictor, "cls_score", None)
             return getattr(score, "out_features", None)
         head = self.model.head.classification_head
@@ -66,16 +67,18 @@ class TorchvisionDetector(MapsOnly):
         return self.num_logits  # torchvision counts the background
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
-        if self._family == "two-stage" and facts & {"positives", "proposals"}:
-            return {"roi": "roi_heads.box_roi_pool", "logits": "roi_heads.box_predictor"}
-        if self._family != "two-stage" and "positives" in facts:
-            return {"logits": "head.classification_head", "anchors": "anchor_generator"}
-        return {}
+        taps = self._dense.taps_for(facts)
+        if self._two_stage and facts & {"positives", "proposals", "regions"}:
+            taps |= {"roi": "roi_heads.box_roi_pool", "regions": "roi_heads.box_predictor"}
+        return taps
 
     def example(self) -> View:
         like = next(self.model.parameters())
         width, height = self.model.transform.fixed_size or (_EXAMPLE_SIZE, _EXAMPLE_SIZE)
-        return View(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+        convs = (m for m in self.model.backbone.modules() if isinstance(m, nn.Conv2d))
+        first = next(convs, None)
+        channels = 3 if first is None else first.in_channels  # the mean may be one for all of them
+        return View(torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device))
 
     def look(self, view: View) -> Look:
         features = self.model.backbone(fitting(view.images, self.model))
@@ -89,34 +92,83 @@ class TorchvisionDetector(MapsOnly):
             raise ValueError(
                 "targets: expected the student's last forward to have had targets, in train mode"
             )
-        view = View(transformed.tensors, transformed.image_sizes)
-        look = Look(feature_maps(tapped["features"]), view, tapped=tapped)
-        sampled = None
-        if "roi" in tapped:
-            sampled = self._sampled_proposals(tapped["roi"][1], tapped["logits"][0], truth)
-        elif "positives" in facts:
-            sampled = self._assigned_locations(tapped["anchors"], tapped["logits"], truth, look)
-        return Seen(look, _pack(truth), sampled)
+        view, features = View(transformed.tensors, transformed.image_sizes), tapped["features"]
+        maps = feature_maps(features)
+        sampled = assigned = proposals = None
+        if "assigned" in facts or ("positives" in facts and not self._two_stage):
+            assigned = self._dense.assigned(tapped["anchors"], truth, maps)
+        if self._two_stage and facts & {"positives", "proposals", "regions"}:
+            drawn, box = self._drawn_proposals(tapped["roi"][1], truth)
+            if facts & {"positives", "proposals"}:
+                sampled = _objects(tapped["regions"][0], drawn, box, tapped["roi"][1])
+            proposals = (drawn, box) if "regions" in facts else None
+            tapped = {**tapped, "drawn": drawn}  # the boxes that "regions" speaks of
+        elif "positives" in facts and assigned is not None:
+            mask = assigned >= 0
+            raw = (mask, self._dense.grids(maps, view))
+            sampled = Sampled(tapped["dense logits"][mask], assigned[mask], raw=raw)
+        look = Look(maps, view, features, tapped)
+        assigned = assigned if "assigned" in facts else None
+        return Seen(look, _pack(truth), sampled, assigned, proposals)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         transformed, truth = self.model.transform(list(images), list(targets))
         return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
-        if self._family == "two-stage":
-            heads, features = self.model.roi_heads, look.raw
-            if isinstance(features, Tensor):
-                features = {"0": features}
-            sizes = [tuple(map(int, s)) for s in look.view.sizes or [look.view.size]]
-            pooled = heads.box_roi_pool(features, sampled.raw, sizes)
-            logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
-            return logits, None
-        mask, shapes = sampled.raw
-        logits = self.model.head.classification_head(list(look.maps))
-        where, known = _same_locations(shapes, mask.shape[1], look.maps, logits.shape[1])
+        if self._two_stage:
+            return self._second_stage(look, sampled.raw)[0], None
+        mask, grids = sampled.raw
+        theirs = self.dense(look)
+        mine_rows, their_rows, shared = shared_locations(grids, theirs.grids, mask.device)
+        count = sum(grid.rows for grid in shared)
+        where = torch.arange(count, device=mask.device) if their_rows is None else their_rows
+        if mine_rows is not None:  # locations that the teacher does not have are left out
+            where = torch.full_like(mask[0], -1, dtype=torch.int64).index_put((mine_rows,), where)
         image, location = mask.nonzero(as_tuple=True)
-        rows = known[location].nonzero()[:, 0]
-        return logits[image[rows], where[location[rows]]], rows
+        twin = where[location]
+        rows = (twin >= 0).nonzero()[:, 0]
+        return theirs.logits[image[rows], twin[rows]], rows
+
+    def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
+        return self._dense.read(look.maps, look.view, facts, look.tapped)
+
+    def head(
+        self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        return self._dense.read([fitting(x, self.model) for x in maps], look.view, facts)
+
+    def regions(self, look: Look, boxes: Targets) -> RegionOutputs:
+        if not self._two_stage:
+            return super().regions(look, boxes)
+        if look.tapped is not None and look.tapped.get("drawn") is boxes:
+            logits, deltas = look.tapped["regions"]
+        else:
+            order = boxes.image_index.argsort(stable=True)
+            counts = boxes.image_index.bincount(minlength=len(look.maps[0])).tolist()
+            back = order.argsort()
+            sorted_boxes = boxes.boxes[order].split(counts)
+            logits, deltas = (x[back] for x in self._second_stage(look, sorted_boxes))
+        # Decoded in at least float32: in half precision large coordinates are whole pixels.
+        deltas = deltas.to(torch.promote_types(deltas.dtype, boxes.boxes.dtype))
+        decoded = self.model.roi_heads.box_coder.decode_single(deltas, boxes.boxes)
+        return RegionOutputs(logits, decoded.unflatten(1, (-1, 4))[:, 1:])
+
+    @torch.no_grad()
+    def proposals(self, look: Look) -> Targets:
+        if not self._two_stage:
+            return super().proposals(look)
+        dense, rpn = self.dense(look, frozenset({"boxes"})), self.model.rpn
+        with evaluating(rpn):
+            # As in its own forward, but in at least float32, which suppression needs on CPUs.
+            per_image, _ = rpn.filter_proposals(
+                dense.boxes,
+                dense.logits.to(torch.promote_types(dense.logits.dtype, torch.float32)),
+                _sizes(look.view),
+                [grid.rows for grid in dense.grids],
+            )
+        boxes, image = torch.cat(per_image), _image_index(per_image)
+        return Targets(boxes, torch.zeros_like(image), image)
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         for needed in ("masks", "keypoints"):  # a teacher may be trained on more than its student
@@ -135,64 +187,38 @@ class TorchvisionDetector(MapsOnly):
     def detach(self) -> None:
         pass
 
+    def _second_stage(self, look: Look, per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits and codes of boxes for the boxes of each image."""
+        heads, features = self.model.roi_heads, look.raw
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        # Pooling takes one dtype, and boxes lose too much in half precision.
+        own = look.maps[0].dtype
+        wide = torch.promote_types(own, torch.float32)
+        features = {name: x.to(wide) for name, x in features.items()}
+        boxes = [x.to(wide) for x in per_image]
+        pooled = heads.box_roi_pool(features, boxes, _sizes(look.view))
+        outputs: tuple[Tensor, Tensor] = heads.box_predictor(heads.box_head(pooled.to(own)))
+        return outputs
+
     @torch.no_grad()
-    def _sampled_proposals(
-        self, proposals: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]]
-    ) -> Sampled:
-        """The student's sampled positive proposals, with the labels of their ground truth."""
+    def _drawn_proposals(
+        self, proposals: list[Tensor], truth: list[dict[str, Tensor]]
+    ) -> tuple[Targets, Tensor]:
+        """All proposals that the student's second stage trains on, and the ground truth of each."""
         matched, labels = self.model.roi_heads.assign_targets_to_proposals(
-            proposals, [t["boxes"] for t in truth], [t["labels"] for t in truth]
+            proposals,
+            [t["boxes"].to(p.dtype) for t, p in zip(truth, proposals, strict=True)],
+            [t["labels"] for t in truth],
         )
-        positive = [x > 0 for x in labels]
-        per_image = [p[m] for p, m in zip(proposals, positive, strict=True)]
-        mask = torch.cat(positive)
-        image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
-        box = torch.cat([m + f for m, f in zip(matched, _firsts(truth), strict=True)])
-        with torch.enable_grad():
-            rows = logits[mask]
-        targets = Targets(torch.cat(per_image).float(), torch.cat(labels)[mask], image[mask])
-        return Sampled(rows, box[mask], targets, per_image)
-
-    def _assigned_locations(
-        self, anchors: list[Tensor], logits: Tensor, truth: list[dict[str, Tensor]], look: Look
-    ) -> Sampled:
-        """The locations ``(B, A)`` that a dense student trains as objects."""
-        shapes = [(x.shape[2], x.shape[3]) for x in look.maps]
-        if self._family == "ssd":
-            matched = _ssd_matches(self.model, truth, anchors)
-        else:
-            matched = _matches(self.model, self._family, truth, anchors, shapes)
-        packed = [
-            torch.where(m >= 0, m + first, -1)
-            for m, first in zip(matched, _firsts(truth), strict=True)
-        ]
-        box = torch.stack(packed)
-        mask = box >= 0
-        return Sampled(logits[mask], box[mask], raw=(mask, shapes))
+        box = torch.cat([m + f for m, f in zip(matched, firsts(truth), strict=True)])
+        label = torch.cat(labels)  # 0 background, -1 ignored
+        box = torch.where(label > 0, box, label - 1)
+        drawn = Targets(torch.cat(proposals).float(), label.clamp(min=0), _image_index(proposals))
+        return drawn, box
 
 
-class _StandIn:
-    """Everything of a detector but what a subclass replaces."""
-
-    def __init__(self, detector: nn.Module) -> None:
-        self._detector = detector
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._detector, name)
-
-
-class _Assigner(_StandIn):
-    """Stands in for a dense detector while its own ``compute_loss`` assigns locations to boxes."""
-
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__(detector)
-        self.head = self
-
-    def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matched: list[Tensor]) -> None:
-        self.matched = matched
-
-
-class _InNetworkPixels(_StandIn):
+class _InNetworkPixels(StandIn):
     """Stands in for a detector whose images are transformed already."""
 
     def __init__(self, detector: nn.Module, view: View) -> None:
@@ -202,90 +228,34 @@ class _InNetworkPixels(_StandIn):
     def __call__(self, images: Any, targets: Any) -> Any:
         from torchvision.models.detection.image_list import ImageList
 
-        x, sizes = self._view.images, self._view.sizes
-        sizes = [self._view.size] * len(x) if sizes is None else sizes
-        return ImageList(x, [(int(h), int(w)) for h, w in sizes]), targets
+        images = fitting(self._view.images, self._detector)
+        return ImageList(images, _sizes(self._view)), targets
 
     def postprocess(self, found: Any, *sizes: Any) -> Any:
         return found
 
 
-@torch.no_grad()
-def _matches(
-    student: Any,
-    family: str,
-    truth: list[dict[str, Tensor]],
-    anchors: list[Tensor],
-    shapes: list[tuple[int, int]],
-) -> list[Tensor]:
-    """Ground-truth index of every location of each image; negative where it has none."""
-    assigner = _Assigner(student)
-    arguments: list[Any] = [truth, {}, anchors]
-    if family == "fcos":
-        cells = [h * w for h, w in shapes]
-        per_cell = len(anchors[0]) // sum(cells)
-        arguments.append([c * per_cell for c in cells])
-    type(student).compute_loss(assigner, *arguments)
-    return assigner.matched
-
-
-@torch.no_grad()
-def _ssd_matches(
-    student: Any, truth: list[dict[str, Tensor]], anchors: list[Tensor]
-) -> list[Tensor]:
-    from torchvision.ops import box_iou
-
-    return [
-        student.proposal_matcher(box_iou(t["boxes"], a))
-        if len(t["boxes"])
-        else a.new_full((len(a),), -1, dtype=torch.int64)
-        for t, a in zip(truth, anchors, strict=True)
-    ]
-
-
-def _same_locations(
-    shapes: list[tuple[int, int]], count: int, maps: Any, teacher_count: int
-) -> tuple[Tensor, Tensor]:
-    """For each of a student's locations the teacher's index, and whether there is one.
-
-    Levels belong together where their grids are equal; detectors that put unlike numbers of
-    anchors on a cell share no location.
-    """
-    device = maps[0].device
-    theirs = [(x.shape[2], x.shape[3]) for x in maps]
-    per_cell = count / sum(h * w for h, w in shapes)
-    if per_cell.is_integer() and per_cell == teacher_count / sum(h * w for h, w in theirs):
-        lengths = [int(h * w * per_cell) for h, w in theirs]
-        firsts = {shape: sum(lengths[:j]) for j, shape in enumerate(theirs)}
-        where = [
-            torch.arange(int(h * w * per_cell), device=device) + firsts.get((h, w), -count - 1)
-            for h, w in shapes
-        ]
-        packed = torch.cat(where)
-        return packed.clamp(min=0), packed >= 0
-    same = shapes == theirs and count == teacher_count  # SSD: anchors differ between levels
-    locations = torch.arange(count, device=device)
-    return locations.clamp(max=teacher_count - 1), torch.full_like(
-        locations, same, dtype=torch.bool
-    )
-
-
-def _firsts(truth: list[dict[str, Tensor]]) -> list[int]:
-    """Index of the first box of each image among all of the batch."""
-    counts = [len(t["boxes"]) for t in truth]
-    return [sum(counts[:i]) for i in range(len(counts))]
-
-
-def _family(model: Any) -> str:
-    for c in type(model).__mro__:
-        if c.__module__.startswith("torchvision") and c.__name__ in _KINDS:
-            return _KINDS[c.__name__]
-    raise ValueError(
-        "student, teacher: expected torchvision's FasterRCNN, RetinaNet, FCOS or SSD (or a "
-        f"subclass), but got {type(model).__name__}; name its pyramid with student_path or "
-        "teacher_path"
-    )
-
-
 def _pack(truth: list[dict[str, Tensor]]) -> Targets:
     return Targets.from_list([{**t, "boxes": t["boxes"].float()} for t in truth])
+
+
+def _objects(logits: Tensor, drawn: Targets, box: Tensor, per_image: list[Tensor]) -> Sampled:
+    """Those of the proposals that the student trains as objects."""
+    mask = box >= 0
+    targets = Targets(drawn.boxes[mask], drawn.labels[mask], drawn.image_index[mask])
+    masks = mask.split([len(p) for p in per_image])
+    raw = [p[m] for p, m in zip(per_image, masks, strict=True)]
+    return Sampled(logits[mask], box[mask], targets, raw)
+
+
+def _image_index(per_image: list[Tensor]) -> Tensor:
+    """Of the rows of all images, int64."""
+    return torch.cat(
+        [torch.full_like(x[:, 0], i, dtype=torch.int64) for i, x in enumerate(per_image)]
+    )
+
+
+def _sizes(view: View) -> list[tuple[int, int]]:
+    """``(height, width)`` of each image without its padding."""
+    sizes = [view.size] * len(view.images) if view.sizes is None else view.sizes
+    return [(int(height), int(width)) for height, width in sizes]
