@@ -16,7 +16,8 @@ from ..step import Dense, RegionOutputs, shared_locations
 from ..targets import Targets
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
-from .torchvision_dense import DenseHead, StandIn, family, firsts
+from .torchvision_dense import DenseHead, family, firsts
+from .torchvision_forward import detect, sizes_of
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -164,7 +165,7 @@ class TorchvisionDetector(MapsOnly):
             per_image, _ = rpn.filter_proposals(
                 dense.boxes,
                 dense.logits.to(torch.promote_types(dense.logits.dtype, torch.float32)),
-                _sizes(look.view),
+                sizes_of(look.view),
                 [grid.rows for grid in dense.grids],
             )
         boxes, image = torch.cat(per_image), _image_index(per_image)
@@ -179,9 +180,7 @@ class TorchvisionDetector(MapsOnly):
         return torch.stack([x.float() for x in terms.values()]).sum()
 
     def detections(self, view: View) -> list[Detections] | None:
-        with torch.no_grad(), evaluating(self.model):
-            stand_in = _InNetworkPixels(self.model, view)
-            found = type(self.model).forward(stand_in, list(view.images))
+        found = detect(self.model, view)
         return [Detections(x["boxes"], x["scores"], x["labels"]) for x in found]
 
     def detach(self) -> None:
@@ -197,7 +196,7 @@ class TorchvisionDetector(MapsOnly):
         wide = torch.promote_types(own, torch.float32)
         features = {name: x.to(wide) for name, x in features.items()}
         boxes = [x.to(wide) for x in per_image]
-        pooled = heads.box_roi_pool(features, boxes, _sizes(look.view))
+        pooled = heads.box_roi_pool(features, boxes, sizes_of(look.view))
         outputs: tuple[Tensor, Tensor] = heads.box_predictor(heads.box_head(pooled.to(own)))
         return outputs
 
@@ -218,23 +217,6 @@ class TorchvisionDetector(MapsOnly):
         return drawn, box
 
 
-class _InNetworkPixels(StandIn):
-    """Stands in for a detector whose images are transformed already."""
-
-    def __init__(self, detector: nn.Module, view: View) -> None:
-        super().__init__(detector)
-        self.transform, self._view = self, view
-
-    def __call__(self, images: Any, targets: Any) -> Any:
-        from torchvision.models.detection.image_list import ImageList
-
-        images = fitting(self._view.images, self._detector)
-        return ImageList(images, _sizes(self._view)), targets
-
-    def postprocess(self, found: Any, *sizes: Any) -> Any:
-        return found
-
-
 def _pack(truth: list[dict[str, Tensor]]) -> Targets:
     return Targets.from_list([{**t, "boxes": t["boxes"].float()} for t in truth])
 
@@ -253,9 +235,3 @@ def _image_index(per_image: list[Tensor]) -> Tensor:
     return torch.cat(
         [torch.full_like(x[:, 0], i, dtype=torch.int64) for i, x in enumerate(per_image)]
     )
-
-
-def _sizes(view: View) -> list[tuple[int, int]]:
-    """``(height, width)`` of each image without its padding."""
-    sizes = [view.size] * len(view.images) if view.sizes is None else view.sizes
-    return [(int(height), int(width)) for height, width in sizes]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..hooks import infer_strides
 from ..step import Dense, Grid
 from .pixels import View
+from .torchvision_forward import StandIn
 
 KINDS = {
     "FasterRCNN": "two-stage",
@@ -175,16 +176,6 @@ class DenseHead:
 def _tapped(tapped: Mapping[str, Any], name: str, module: nn.Module, maps: list[Tensor]) -> Any:
     """What a module put out in the student's own forward, or what it says of the maps."""
     return tapped[name] if name in tapped else module(maps)
-
-
-class StandIn:
-    """Everything of a detector but what a subclass replaces."""
-
-    def __init__(self, detector: nn.Module) -> None:
-        self._detector = detector
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._detector, name)
 
 
 class _Assigner(StandIn):

@@ -584,3 +584,26 @@ def test_rows_of_a_sampled_record_without_positives_are_fine():
         assert (seen.assigned == -1).all()
         if kind == "faster_rcnn":
             assert (seen.proposals[1] == -1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_half_precision_detects(kind, dtype):
+    """Its own suppression knows no half precision on CPUs; hooks are gone afterwards."""
+    model = trembling(kind).eval()
+    if kind == "faster_rcnn":
+        model.roi_heads.score_thresh = 0.0
+        model.roi_heads.mask_roi_pool = copy.deepcopy(model.roi_heads.box_roi_pool)
+        model.roi_heads.mask_head = nn.Conv2d(8, 8, 1)
+        model.roi_heads.mask_predictor = nn.Conv2d(8, NUM_CLASSES, 1)
+    else:
+        model.score_thresh = 0.0
+    reader, look = example_look(model)
+    expected = reader.detections(look.view)
+    half = copy.deepcopy(model).to(dtype)
+    found = detector_of(half).detections(look.view)
+    for ours, full in zip(found, expected, strict=True):
+        assert len(ours.boxes) > 0
+        assert ours.boxes.dtype == ours.scores.dtype == torch.float32
+        torch.testing.assert_close(ours.scores[:3], full.scores[:3], rtol=0.05, atol=0.02)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in half.modules())
