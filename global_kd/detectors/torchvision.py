@@ -106,7 +106,7 @@ class TorchvisionDetector(MapsOnly):
             tapped = {**tapped, "drawn": drawn}  # the boxes that "regions" speaks of
         elif "positives" in facts and assigned is not None:
             mask = assigned >= 0
-            raw = (mask, self._dense.grids(maps, view))
+            raw = (mask, self._dense.grids(maps, view, mask.shape[1]))
             sampled = Sampled(tapped["dense logits"][mask], assigned[mask], raw=raw)
         look = Look(maps, view, features, tapped)
         assigned = assigned if "assigned" in facts else None
@@ -211,10 +211,9 @@ class TorchvisionDetector(MapsOnly):
             [t["labels"] for t in truth],
         )
         box = torch.cat([m + f for m, f in zip(matched, firsts(truth), strict=True)])
-        label = torch.cat(labels)  # 0 background, -1 ignored
-        box = torch.where(label > 0, box, label - 1)
-        drawn = Targets(torch.cat(proposals).float(), label.clamp(min=0), _image_index(proposals))
-        return drawn, box
+        label = torch.cat(labels)  # 0 background; the sampler draws none that is ignored
+        drawn = Targets(torch.cat(proposals).float(), label, _image_index(proposals))
+        return drawn, torch.where(label > 0, box, -1)
 
 
 def _pack(truth: list[dict[str, Tensor]]) -> Targets:

@@ -53,14 +53,18 @@ class DenseHead:
         """Paths of what these facts need."""
         return {name: path for name, (path, needed) in self._taps.items() if facts & needed}
 
-    def grids(self, maps: Sequence[Tensor], view: View) -> tuple[Grid, ...]:
-        """The locations of the head on these maps of a view."""
+    def grids(self, maps: Sequence[Tensor], view: View, rows: int) -> tuple[Grid, ...]:
+        """The levels of the head on these maps of a view; they have so many locations together."""
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
-        strides = infer_strides(view.size, sizes)
-        anchors = self._anchored.anchor_generator.num_anchors_per_location()
+        if self.family == "ssd":
+            anchors = self.model.anchor_generator.num_anchors_per_location()
+        else:  # one head for all levels
+            anchors = [rows // sum(height * width for height, width in sizes)] * len(sizes)
         return tuple(
             Grid(stride, *size, anchors=count)
-            for stride, size, count in zip(strides, sizes, anchors, strict=True)
+            for stride, size, count in zip(
+                infer_strides(view.size, sizes), sizes, anchors, strict=True
+            )
         )
 
     def read(
@@ -77,7 +81,7 @@ class DenseHead:
         boxes = self._decode(deltas, anchors) if "boxes" in facts and anchors is not None else None
         return Dense(
             logits,
-            self.grids(maps, view),
+            self.grids(maps, view, logits.shape[1]),
             self.activation,
             self.background,
             boxes=boxes,
