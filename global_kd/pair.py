@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
-from .hooks import evaluating, infer_strides, sharded_modules
+from .hooks import evaluating, frozen, infer_strides, keeping_statistics, sharded_modules
 from .pyramid import align_levels, pair_levels
 from .step import Dense, Grid, Positives, RegionOutputs, Regions, Step, pair_dense
 from .targets import Targets
@@ -118,7 +118,11 @@ class Pair:
                 f"the student has {self.student.num_logits} class logits a region, the teacher "
                 f"{self.teacher.num_logits}"
             )
-        if (reason := self._no_positives()) is not None:
+        one_stage = self.student.family == self.teacher.family == "one-stage"
+        reason = self._no_positives()
+        if reason is None and one_stage and all("dense" in x.gives for x in sides):
+            reason = refused.get("dense")  # the rows of positives are locations
+        if reason is not None:
             refused["positives"] = reason
         return refused
 
@@ -204,7 +208,8 @@ class Pair:
             with torch.no_grad():
                 proposals = self.teacher.proposals(looked)
             boxes = replace(proposals, boxes=proposals.boxes / self.scale)
-            found["teacher_regions"] = self._regions(seen, looked, *_matched(boxes, seen.truth))
+            with keeping_statistics(self.models[0]):  # its own step remembers its own boxes
+                found["teacher_regions"] = self._regions(seen, looked, *_matched(boxes, seen.truth))
         if "queries" in facts:
             with torch.no_grad():
                 queries = self.teacher.queries(looked)
@@ -254,7 +259,8 @@ class _Head:
                 theirs[:, :, : x.shape[2], : x.shape[3]] = x
                 x = theirs
             whole[j] = x.to(whole[j].dtype)
-        dense = self._pair.teacher.head(whole, self._looked, self._facts)
+        with frozen(self._pair.models[1]):
+            dense = self._pair.teacher.head(whole, self._looked, self._facts)
         return _scaled(dense, self._pair.scale)
 
 
