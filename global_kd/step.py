@@ -191,6 +191,10 @@ def pair_dense(student: Dense, teacher: Dense) -> tuple[Dense, Dense, Tensor | N
         student = student.take(mine_rows, grids)
     if their_rows is not None:
         teacher = teacher.take(their_rows, grids)
+    masks = [x.valid for x in (student, teacher) if x.valid is not None]
+    if masks:  # a row that stands for nothing on either side stands for nothing
+        valid = masks[0] & masks[-1]
+        student, teacher = replace(student, valid=valid), replace(teacher, valid=valid)
     return student, teacher, mine_rows
 
 

@@ -75,7 +75,7 @@ ALONE = {"hooks", "schedules"}  # import no other room
 USERS = {
     "detectors": {"pair", "doctor", "distiller", "trainers"},  # losses know no framework
     "hooks": {"detectors", "pair", "doctor", "distiller", "trainers"},
-    "schedules": {"losses", "distiller"},
+    "schedules": {"losses", "doctor", "distiller"},
 }
 # The third parties of every room. Inside a function only: frameworks in detectors, comforts
 # anywhere. Triton only by its twins, which ops import late.

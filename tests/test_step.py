@@ -81,6 +81,15 @@ def test_rows_are_paired_by_stride_and_cell(mine, theirs, shared):
     assert (rows is None) == (tuple(mine) == tuple(shared))
 
 
+def test_a_row_counts_where_it_is_valid_on_both_sides():
+    some = torch.arange(ROWS) % 2 == 0
+    others = torch.stack([torch.arange(ROWS) % 3 == 0, torch.arange(ROWS) < 5])
+    a, b, _ = pair_dense(dense(valid=some), dense(valid=others))
+    assert torch.equal(a.valid, some & others) and torch.equal(b.valid, some & others)
+    a, b, _ = pair_dense(dense(), dense(valid=some))
+    assert torch.equal(a.valid, some) and torch.equal(b.valid, some)
+
+
 def test_two_levels_of_one_stride_keep_their_order():
     """torchvision's MobileNet pyramids put out two levels of one grid."""
     grids = (Grid(32, 2, 2), Grid(32, 2, 2), Grid(64, 1, 1))
