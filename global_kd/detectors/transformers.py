@@ -1,14 +1,15 @@
-"""Hugging Face transformers' RT-DETR, D-FINE, Deformable DETR, DETR and YOLOS families.
+"""Hugging Face transformers' RT-DETR, D-FINE, DEIMv2, Deformable DETR, DETR and YOLOS families.
 
 A batch is the mapping that the image processors and collators give: ``pixel_values``, ``labels``
 and, where images are padded, ``pixel_mask``; the student is called as ``student(**batch)``, the
 distiller as ``kd(batch)``. Labels are ``class_labels``, counted from 0 without a background class.
 
-There are no soft labels: each detector's queries are a set of their own, and no row of one
-belongs to a row of another.
+Soft labels are those of RT-DETR's encoder and its kin's, which says something of every cell. There
+are none of queries: each detector's are a set of their own, and no row of one belongs to a row of
+another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
+from ..step import Dense, Queries
 from ..targets import Targets
+from . import rt_detr
 from .pixels import IMAGENET, Pixels, View
-from .protocol import Detections, Look, MapsOnly, Seen
+from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -36,6 +39,7 @@ class _Family:
         masked: Whether padding is masked out.
         patches: Whether the tokens are a ViT's: class token, patches, detection tokens.
         divisor: Of the height and width that it takes.
+        dense: Whether the encoder is RT-DETR's, with scores and a box at every cell.
     """
 
     features: str = "model.encoder"
@@ -45,16 +49,18 @@ class _Family:
     masked: bool = True
     patches: bool = False
     divisor: int = 1
+    dense: bool = False
 
 
 # The top-down path of the hybrid encoder adds maps upsampled by 2: no odd sizes.
-_HYBRID = _Family(pixels=Pixels(), masked=False, divisor=32)
+_HYBRID = _Family(pixels=Pixels(), masked=False, divisor=32, dense=True)
 _ONE_LEVEL = _Family(shapes="model.input_projection")
 _SOFTMAX = _Family(shapes="model.input_projection", activation="softmax")
 _FAMILIES = {
     "rt_detr": _HYBRID,
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
+    "deimv2": _HYBRID,
     "deformable_detr": _Family(shapes="model.input_proj"),
     "detr": _SOFTMAX,
     "table-transformer": _SOFTMAX,
@@ -74,8 +80,6 @@ class TransformersDetector(MapsOnly):
         ValueError: A model of another type.
     """
 
-    kind: str | None = None
-    num_logits: int | None = None
     first_label = 0
     inputs: tuple[str, ...] = ()
 
@@ -83,8 +87,22 @@ class TransformersDetector(MapsOnly):
         self.model, self._family = model, _family(model)
         self.activation = self._family.activation
         self.num_classes: int | None = model.config.num_labels
+        self.num_logits: int | None = self.num_classes if self._family.dense else None
         self.pixels: Pixels | None = self._family.pixels
+        if (
+            getattr(getattr(model.config, "backbone_config", None), "model_type", "")
+            == "dinov3_vit"
+        ):
+            self.pixels = IMAGENET  # what that backbone was made with
         self.family = "query"
+        self.gives = self.gives | {"queries"}
+        self.kind: str | None = None
+        self._encoder: rt_detr.EncoderHead | None = None
+        if self._family.dense:
+            self.kind, self.gives = rt_detr.KIND, self.gives | rt_detr.GIVES
+            self._encoder = rt_detr.EncoderHead(
+                model.model, "model", self._projected, every_box=True
+            )
         self.taps = {"features": self._family.features}
         if (path := self._family.shapes) is not None:
             shapes = model.get_submodule(path)
@@ -94,15 +112,22 @@ class TransformersDetector(MapsOnly):
         self.divisor = model.config.patch_size if self._family.patches else self._family.divisor
         self._tap = FeatureTap(model, self.taps)
 
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        return {} if self._encoder is None else self._encoder.taps_for(facts)
+
     def example(self) -> View:
-        like = next(self.model.parameters())
-        return View(like.new_zeros(1, 3, _EXAMPLE_SIZE, _EXAMPLE_SIZE))
+        convolutions = (m for m in self.model.modules() if isinstance(m, torch.nn.Conv2d))
+        like, channels = next(self.model.parameters()), next(convolutions).in_channels
+        return View(like.new_zeros(1, channels, _EXAMPLE_SIZE, _EXAMPLE_SIZE))
 
     def look(self, view: View) -> Look:
+        return Look(self._maps(self._tap.run(**self._taken(view)), view), view)
+
+    def _taken(self, view: View) -> dict[str, Tensor]:
+        """What the model is called with."""
         inside = view.inside() if self._family.masked else None
         mask = {} if inside is None else {"pixel_mask": inside}
-        tapped = self._tap.run(view.images.to(self.model.dtype), **mask)
-        return Look(self._maps(tapped, view), view)
+        return {"pixel_values": view.images.to(self.model.dtype)} | mask
 
     def _maps(self, tapped: dict[str, Any], view: View) -> list[Tensor]:
         features = tapped["features"]
@@ -111,19 +136,62 @@ class TransformersDetector(MapsOnly):
             return tokens_to_maps(features[:, 1 : -self.model.config.num_detection_tokens], [shape])
         if self._family.shapes is None:
             return feature_maps(features[0])
-        like = (x for name, x in tapped.items() if name != "features")
+        like = (x for name, x in tapped.items() if name.startswith("shape"))
         return tokens_to_maps(features[0], [(x.shape[2], x.shape[3]) for x in like])
 
     def read(
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
     ) -> Seen:
         view = _view(images)
-        look = Look(self._maps(tapped, view), view)
-        return Seen(look, _truth(images, view, look.maps[0].device))
+        look = Look(self._maps(tapped, view), view, tapped=tapped)
+        truth, sampled = _truth(images, view, look.maps[0].device), None
+        if self._encoder is not None and "positives" in facts:
+            sampled = rt_detr.sample(self.dense(look, frozenset({"boxes"})), truth)
+        return Seen(look, truth, sampled)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         look = self.look(_view(images))
         return Seen(look, _truth(images, look.view, look.maps[0].device))
+
+    def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
+        return rt_detr.soft_labels(self.dense(look), sampled)
+
+    def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
+        if self._encoder is None:
+            raise self._without("dense")
+        return self._encoder.dense(look.maps, look.view.size, facts, look.tapped)
+
+    def head(
+        self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        if self._encoder is None:
+            raise self._without("teacher_head")
+        return self._encoder.dense(maps, look.view.size, facts)
+
+    def _projected(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The levels that the decoder attends to: some have more than the encoder."""
+        projections = self.model.model.decoder_input_proj
+        further = [maps[-1]] * (len(projections) - len(maps))
+        return [f(x) for f, x in zip(projections, [*maps, *further], strict=True)]
+
+    def queries(self, look: Look) -> Queries:
+        """The last decoder layer, from the model's whole forward on the view.
+
+        Boxes of families that mask padding out are relative to the image without it, as in the
+        published models' training; those of the others to the canvas.
+        """
+        view = look.view
+        with evaluating(self.model):
+            output = self.model(**self._taken(view))
+        embeddings = output.last_hidden_state[:, -output.logits.shape[1] :]  # YOLOS': all tokens
+        boxes = _corners(output.pred_boxes.to(torch.promote_types(self.model.dtype, torch.float32)))
+        sizes = boxes.new_tensor([view.size])
+        if self._family.masked and view.sizes is not None:
+            sizes = torch.as_tensor(view.sizes, device=boxes.device).to(boxes.dtype)
+        boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
+        sides = getattr(output, "intermediate_predicted_corners", None)
+        bins = sides[:, -1].unflatten(2, (4, -1)) if isinstance(sides, Tensor) else None
+        return Queries(embeddings, output.logits, boxes, self.activation, bins)
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         loss: Tensor = self.model(**images).loss
@@ -210,6 +278,6 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """``(r, 4)`` from centre, width and height to two corners."""
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=1)
+    """``(..., 4)`` from centre, width and height to two corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)

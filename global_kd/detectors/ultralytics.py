@@ -8,12 +8,11 @@ the data loader yields them, ``cls (R, 1)``, ``bboxes (R, 4)`` as normalised cen
 0; there is no background class.
 
 The maps are those that the last module takes. They are read from the layers that make them, since
-heads of several versions write into the list that they are given.
+heads of several versions write into the list that they are given. The dense head is the branch that
+is trained on many points a box; in the students' role it is read from its convolutions.
 """
 
-import contextlib
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -21,10 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import FeatureTap, evaluating
+from ..hooks import FeatureTap, evaluating, tensors_in
+from ..step import Dense
 from ..targets import Targets
-from .pixels import Pixels, View
+from . import rt_detr
+from .locations import beside
+from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
+from .ultralytics_head import YoloHead, arguments
 
 _EXAMPLE_SIZE = 256  # four cells of a stride-64 level
 _KEYS = ("img", "cls", "bboxes", "batch_idx")
@@ -35,7 +38,8 @@ class UltralyticsDetector(MapsOnly):
     """An Ultralytics detection model.
 
     Soft labels compare the class logits of anchor points that the student's own criterion assigns
-    to a box; with a one-to-one head they are those of the one-to-many branch.
+    to a box; with a one-to-one head they are those of the one-to-many branch. RT-DETR's are those
+    of its encoder, in the cells that fit a box best (:func:`global_kd.detectors.rt_detr.sample`).
 
     Args:
         model: With a ``Detect`` head or a subclass of it, or RT-DETR's decoder.
@@ -53,19 +57,24 @@ class UltralyticsDetector(MapsOnly):
         self.model, self._head, self._family = model, head, family
         last = len(model.model) - 1
         self._levels = {f"level {i}": f"model.{j % last}" for i, j in enumerate(head.f)}
-        self._logits: dict[str, str] = {}
-        self._head_tap: dict[str, str] = {}
         self.family = "query" if family == "rtdetr" else "one-stage"
         self.taps = dict(self._levels)
         self.kind: str | None = None
-        if family == "detect" and getattr(head, "cv3", None) is not None:
+        self._yolo: YoloHead | None = None
+        self._encoder: rt_detr.EncoderHead | None = None
+        path = f"model.{last}"
+        if family == "rtdetr":
+            self.kind, self.gives = rt_detr.KIND, self.gives | rt_detr.GIVES
+            self._encoder = rt_detr.EncoderHead(head, path, self._projected, every_box=False)
+        elif getattr(head, "cv3", None) is not None and not hasattr(head, "lrpc"):
             self.kind = "ultralytics"
-            self._logits = {f"logits {i}": f"model.{last}.cv3.{i}" for i in range(len(head.f))}
-            self._head_tap = {"head": f"model.{last}"} | self._logits
-            self.gives = frozenset({"images", "positives"})
+            self._yolo = YoloHead(head, path, texts=family == "text")
+            self.gives = self.gives | self._yolo.gives
         self.pixels: Pixels | None = Pixels(pad=114 / 255)
         self.divisor = max(32, int(model.stride.max()))
-        self._tap = FeatureTap(model, self._levels)
+        taps = self._levels | ({"text": path} if family == "text" else {})
+        self._tap = FeatureTap(model, taps, inputs=taps.keys() - self._levels.keys())
+        self._criterion: Any = None
 
     @property
     def num_logits(self) -> int | None:
@@ -76,18 +85,22 @@ class UltralyticsDetector(MapsOnly):
         return self.num_logits
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
-        return dict(self._head_tap) if "positives" in facts else {}
+        head = self._encoder or self._yolo
+        return {} if head is None else head.taps_for(facts)
 
     def example(self) -> View:
+        convolutions = (m for m in self.model.modules() if isinstance(m, torch.nn.Conv2d))
         like = next(self.model.parameters())
-        size = (1, 3, _EXAMPLE_SIZE, _EXAMPLE_SIZE)
+        size = (1, next(convolutions).in_channels, _EXAMPLE_SIZE, _EXAMPLE_SIZE)
         return View(torch.zeros(size, dtype=like.dtype, device=like.device))
 
     def look(self, view: View) -> Look:
-        return self._look(self._tap.run(view.images), view)
+        tapped = self._tap.run(self._fitting(view.images))
+        text = [x for x in tensors_in(tapped.get("text")) if x.dim() == 3]
+        return self._look(tapped, view, text[-1] if text else None)
 
-    def _look(self, tapped: dict[str, Any], view: View) -> Look:
-        return Look([tapped[name] for name in self._levels], view)
+    def _look(self, tapped: dict[str, Any], view: View, text: Tensor | None = None) -> Look:
+        return Look([tapped[name] for name in self._levels], view, text)
 
     def read(
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
@@ -95,42 +108,69 @@ class UltralyticsDetector(MapsOnly):
         batch = self._batch(images)
         look, truth = self._look(tapped, View(batch["img"])), _truth(batch)
         look = replace(look, tapped=tapped)
-        sampled = self._positives(tapped, batch, truth) if "positives" in facts else None
-        return Seen(look, truth, sampled)
+        sampled = assigned = None
+        if self._encoder is not None and "positives" in facts:
+            sampled = rt_detr.sample(self.dense(look, frozenset({"boxes"})), truth)
+        elif self._yolo is not None and facts & {"positives", "assigned"}:
+            criterion = getattr(self.model, "criterion", None) or self._criterion
+            assigned = self._yolo.assigned(criterion, tapped["head"], batch, truth, look.maps)
+        if assigned is not None and "positives" in facts:
+            image, location = (assigned >= 0).nonzero(as_tuple=True)
+            dense, box = self.dense(look), assigned[image, location]
+            sampled = Sampled(
+                dense.logits[image, location], box, raw=(image, location, dense.grids)
+            )
+        self._criterion = None
+        return Seen(look, truth, sampled, assigned if "assigned" in facts else None)
 
     def observe(self, images: Any, targets: Any) -> Seen:
         batch = self._batch(images)
         return Seen(self.look(View(batch["img"])), _truth(batch))
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
-        image, location, shapes = sampled.raw
-        theirs = {x.shape[-2:]: b(x) for x, b in zip(look.maps, self._head.cv3, strict=True)}
-        example = next(iter(theirs.values()))
-        # Levels belong together where their grids are equal; a point without partner is left out.
-        aligned = [theirs.get(s, example.new_zeros(*example.shape[:2], *s)) for s in shapes]
-        logits = _per_point(aligned)[image, location]
-        if all(s in theirs for s in shapes):
-            return logits, None
-        known = [torch.full((s.numel(),), s in theirs, device=image.device) for s in shapes]
-        rows = torch.cat(known)[location].nonzero()[:, 0]
-        return logits[rows], rows
+        theirs = self.dense(look)
+        if self._encoder is not None:
+            return rt_detr.soft_labels(theirs, sampled)
+        image, location, grids = sampled.raw
+        location, rows = beside(grids, theirs.grids, image, location)
+        return theirs.logits[image if rows is None else image[rows], location], rows
+
+    def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
+        return self._dense(look.maps, look, facts, look.tapped)
+
+    def head(
+        self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        return self._dense(maps, look, facts, None)
+
+    def _dense(
+        self,
+        maps: Sequence[Tensor],
+        look: Look,
+        facts: frozenset[str],
+        tapped: Mapping[str, Any] | None,
+    ) -> Dense:
+        if self._encoder is not None:
+            return self._encoder.dense(maps, look.view.size, facts, tapped)
+        if self._yolo is None:
+            raise self._without("dense")
+        return self._yolo.dense(maps, facts, tapped, look.raw)
+
+    def _projected(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [f(x) for f, x in zip(self._head.input_proj, maps, strict=True)]
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
-        arguments = getattr(self.model, "args", None)
-        if self._family != "rtdetr" and not hasattr(arguments, "box"):
-            raise ValueError(
-                "student: expected model.args to hold the gains of the loss (box, cls, dfl), but "
-                f"got {type(arguments).__name__}; set model.args = ultralytics.cfg.get_cfg(), as "
-                "the trainer does"
-            )
-        total: Tensor = self.model(self._batch(images))[0].sum()
+        with arguments(self.model):
+            total: Tensor = self.model(self._batch(images))[0].sum()
+            # The next reading asks it which locations it trains.
+            self._criterion = getattr(self.model, "criterion", None)
         return total
 
     def detections(self, view: View) -> list[Detections] | None:
         if self._family == "rtdetr":
             return None
         with torch.no_grad(), evaluating(self.model):
-            found = self.model(view.images)[0]
+            found = self.model(self._fitting(view.images))[0]
         found = found[0] if isinstance(found, tuple) else found  # masks come beside the boxes
         if getattr(self.model, "end2end", False):
             rows = [x[x[:, 4] > _MIN_SCORE] for x in found]
@@ -152,56 +192,14 @@ class UltralyticsDetector(MapsOnly):
             )
         device = next(self.model.parameters()).device
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in images.items()}
-        if not batch["img"].is_floating_point():
-            batch["img"] = batch["img"].float() / 255
+        batch["img"] = self._fitting(batch["img"])
         return batch
 
-    def _positives(
-        self, tapped: dict[str, Any], batch: dict[str, Any], truth: Targets
-    ) -> Sampled | None:
-        criterion = getattr(self.model, "criterion", None)
-        criterion = getattr(criterion, "one2many", criterion)
-        if not hasattr(criterion, "assigner"):  # the user computes a loss of his own
-            return None
-        output = tapped["head"]
-        output = output[1] if isinstance(output, tuple) else output  # in eval mode
-        if isinstance(output, Mapping):
-            output = output.get("one2many", output)
-        mask, index = _assign(criterion, output, batch)
-        image, location = mask.nonzero(as_tuple=True)
-        # The criterion counts the boxes of each image from 0.
-        order = truth.image_index.argsort(stable=True)
-        images = torch.arange(len(mask), device=mask.device)
-        first = (truth.image_index[None] < images[:, None]).sum(dim=1)
-        box = order[first[image] + index[image, location].long()]
-        levels = [tapped[name] for name in self._logits]
-        raw = (image, location, [x.shape[-2:] for x in levels])
-        return Sampled(_per_point(levels)[image, location], box, raw=raw)
-
-
-class _Enough(Exception):
-    """The assigner has run: the rest of the criterion is not needed."""
-
-
-@torch.no_grad()
-def _assign(criterion: Any, output: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Which anchor points the criterion trains as objects, bool ``(B, A)``, and their boxes."""
-    found: list[Any] = []
-
-    def assigner(*args: Any, **kwargs: Any) -> None:
-        found.extend(criterion.assigner(*args, **kwargs))
-        raise _Enough
-
-    twin = copy.copy(criterion)
-    twin.assigner = assigner
-    with contextlib.suppress(_Enough):
-        twin(output, batch)
-    return found[3].bool(), found[4]
-
-
-def _per_point(levels: list[Tensor]) -> Tensor:
-    """Maps ``(B, K, h, w)`` as ``(B, A, K)``, in the order of Ultralytics' anchor points."""
-    return torch.cat([x.flatten(2) for x in levels], dim=2).transpose(1, 2)
+    def _fitting(self, images: Any) -> Any:
+        """Numbers in [0, 1] of the model's type, also of bytes."""
+        if isinstance(images, Tensor) and not images.is_floating_point():
+            images = images.float() / 255
+        return fitting(images, self.model)
 
 
 def _truth(batch: dict[str, Any]) -> Targets:

@@ -1,0 +1,171 @@
+"""The encoder of RT-DETR and its kin as a dense head: scores and a box at every cell.
+
+Before it chooses its queries, RT-DETR scores every cell of its encoder's maps and regresses a box
+there (Zhao et al. 2024, "DETRs beat YOLOs on real-time object detection", section 4.3). Two of them
+say something of the same cells, whatever their depth, width, and number of queries.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hooks import infer_strides
+from ..step import Dense, Grid
+from ..targets import Targets
+from .locations import beside, cells_of, rows_of
+from .protocol import Sampled
+
+KIND = "rt-detr encoder"
+GIVES = frozenset({"positives", "dense", "boxes", "priors", "teacher_head"})
+_MEMORY, _LOGITS, _OFFSETS = "encoder memory", "encoder logits", "encoder boxes"
+_DENSE = frozenset({"positives", "dense", "boxes", "priors"})
+_BOXES = frozenset({"positives", "boxes"})
+_PER_BOX = 9  # locations that stand for a box, as many as a 3 x 3 neighbourhood has
+_FIRST_SIDE = 0.05  # of an anchor on the finest level, in units of the image; doubles with each
+_EDGE = 0.01  # anchors this near to 0 or 1 stand for nothing
+
+
+class EncoderHead:
+    """The modules ``enc_output``, ``enc_score_head`` and ``enc_bbox_head``.
+
+    Args:
+        owner: The module that has them.
+        path: Its path in the detector.
+        project: From the encoder's maps to the levels that the modules take.
+        every_box: Whether the training forward regresses the boxes of all cells, and not only of
+            those with the best scores.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        path: str,
+        project: Callable[[Sequence[Tensor]], list[Tensor]],
+        *,
+        every_box: bool,
+    ) -> None:
+        self._owner, self._path, self._project = owner, path, project
+        self._every_box = every_box
+
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        """Modules to record while a student trains."""
+        if not facts & _DENSE:
+            return {}
+        taps = {_LOGITS: f"{self._path}.enc_score_head"}
+        if facts & _BOXES and self._every_box:
+            taps[_OFFSETS] = f"{self._path}.enc_bbox_head"
+        elif facts & _BOXES:
+            taps[_MEMORY] = f"{self._path}.enc_output"
+        return taps
+
+    def dense(
+        self,
+        maps: Sequence[Tensor],
+        size: tuple[int, int],
+        facts: frozenset[str],
+        tapped: Mapping[str, Any] | None = None,
+    ) -> Dense:
+        """Of the encoder's maps for a network input of ``size``.
+
+        Boxes of cells whose anchor is not valid are finite and mean nothing: see ``Dense.valid``.
+        """
+        tapped = tapped or {}
+        logits: Tensor
+        if _LOGITS in tapped:
+            logits, memory = tapped[_LOGITS], tapped.get(_MEMORY)
+            grids = _grids([(x.shape[2], x.shape[3]) for x in maps], size, logits.shape[1])
+            anchors, valid = _anchors(grids, maps[0])
+        else:
+            levels = self._project(maps)
+            grids = _grids([(x.shape[2], x.shape[3]) for x in levels], size)
+            anchors, valid = _anchors(grids, maps[0])
+            memory = self._owner.enc_output(rows_of(levels) * valid[:, None])
+            logits = self._owner.enc_score_head(memory)
+        boxes = None
+        if "boxes" in facts:
+            offsets = tapped.get(_OFFSETS)
+            if offsets is None:
+                offsets = self._owner.enc_bbox_head(memory)
+            boxes = _corners((offsets.to(anchors.dtype) + anchors.logit()).sigmoid())
+            boxes = boxes * anchors.new_tensor(size).flip(0).repeat(2)
+        priors = cells_of(grids, maps[0]) if "priors" in facts else None
+        return Dense(logits, grids, boxes=boxes, priors=priors, valid=valid)
+
+
+def sample(dense: Dense, truth: Targets) -> Sampled:
+    """The cells of a student's encoder that stand for each ground-truth box.
+
+    Nine of each: those valid ones with their centre in the box whose decoded boxes have the highest
+    IoU with it. Where fewer lie in it, the best of them counts several times, so that all boxes
+    weigh the same; where none does, the valid one with the nearest centre stands in. A box of the
+    encoder's own loss goes to the best-matching of its queries, which another detector does not
+    have; these cells it does.
+
+    Args:
+        dense: With boxes.
+        truth: In pixels of the same view.
+    """
+    assert dense.boxes is not None
+    image, boxes = truth.image_index, truth.boxes.to(dense.boxes.dtype)
+    cells = cells_of(dense.grids, dense.boxes)
+    centre = (cells[:, :2] + cells[:, 2:]) / 2
+    inside = ((centre > boxes[:, None, :2]) & (centre < boxes[:, None, 2:])).all(dim=2)
+    away = (centre - (boxes[:, None, :2] + boxes[:, None, 2:]) / 2).square().sum(dim=2)
+    rank = torch.where(inside, _iou(boxes[:, None], dense.boxes.detach()[image]), -1 - away)
+    if dense.valid is not None:
+        rank = rank.masked_fill(~dense.valid, -torch.inf)
+    best, location = rank.topk(min(_PER_BOX, rank.shape[1]), dim=1)
+    location = torch.where(best >= 0, location, location[:, :1])
+    count = location.shape[1]
+    location, image = location.flatten(), image.repeat_interleave(count)
+    box = torch.arange(len(boxes), device=image.device).repeat_interleave(count)
+    return Sampled(dense.logits[image, location], box, raw=(image, location, dense.grids))
+
+
+def soft_labels(dense: Dense, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
+    """A teacher's logits in the cells of :func:`sample`."""
+    image, location, grids = sampled.raw
+    location, rows = beside(grids, dense.grids, image, location, dense.valid)
+    return dense.logits[image if rows is None else image[rows], location], rows
+
+
+def _grids(
+    sizes: list[tuple[int, int]], canvas: tuple[int, int], rows: int | None = None
+) -> tuple[Grid, ...]:
+    """Of levels; further ones, halved, until there are ``rows`` cells."""
+    while rows is not None and sum(h * w for h, w in sizes) < rows:
+        height, width = sizes[-1]
+        sizes = [*sizes, ((height + 1) // 2, (width + 1) // 2)]
+    strides = infer_strides(canvas, sizes)
+    return tuple(Grid(s, h, w) for s, (h, w) in zip(strides, sizes, strict=True))
+
+
+def _anchors(grids: tuple[Grid, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and size ``(N, 4)`` in units of the image, and which are valid, bool ``(N,)``."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    anchors = []
+    for level, (grid, cells) in enumerate(
+        zip(grids, cells_of(grids, like).split([g.rows for g in grids]), strict=True)
+    ):
+        extent = cells.new_tensor([grid.width, grid.height], dtype=dtype) * grid.stride
+        centre = (cells[:, :2] + cells[:, 2:]) / 2 / extent
+        anchors.append(torch.cat([centre, torch.full_like(centre, _FIRST_SIDE * 2**level)], dim=1))
+    together = torch.cat(anchors)
+    valid = ((together > _EDGE) & (together < 1 - _EDGE)).all(dim=1)
+    return together.clamp(1e-4, 1 - 1e-4), valid
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` from centre, width and height to two corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """Of boxes ``(..., 4)`` that broadcast."""
+    corner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    shared = corner.clamp(min=0).prod(dim=-1)
+    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1) for x in (a, b)]
+    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
