@@ -134,10 +134,16 @@ def soft_labels(dense: Dense, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
 def _grids(
     sizes: list[tuple[int, int]], canvas: tuple[int, int], rows: int | None = None
 ) -> tuple[Grid, ...]:
-    """Of levels; further ones, halved, until there are ``rows`` cells."""
-    while rows is not None and sum(h * w for h, w in sizes) < rows:
+    """Of the encoder's maps, and of further levels made of the last until there are ``rows`` cells.
+
+    A further level has half its side; or all of it, where the projection is none.
+    """
+    missing = 0 if rows is None else rows - sum(height * width for height, width in sizes)
+    if missing > 0:
         height, width = sizes[-1]
-        sizes = [*sizes, ((height + 1) // 2, (width + 1) // 2)]
+        if missing % (height * width):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        sizes = [*sizes, *[(height, width)] * (missing // (height * width))]
     strides = infer_strides(canvas, sizes)
     return tuple(Grid(s, h, w) for s, (h, w) in zip(strides, sizes, strict=True))
 

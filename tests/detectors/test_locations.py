@@ -57,7 +57,9 @@ def test_rows_that_stand_for_nothing_in_the_teacher_are_left_out():
 
 def test_heads_without_a_common_stride_are_named():
     index = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"no level of equal stride: .*\[8\], the teacher's \[16\]"):
+    with pytest.raises(
+        ValueError, match=r"no level of equal stride: .*\[8\], the teacher's \[16\]"
+    ):
         beside((Grid(8, 1, 1),), (Grid(16, 1, 1),), index, index)
 
 
