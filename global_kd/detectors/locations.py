@@ -45,7 +45,7 @@ def beside(
         teacher: Of the teacher's.
         image: int64 ``(M,)``.
         location: int64 ``(M,)``, of the student's.
-        valid: bool ``(N,)``, whether the teacher's locations stand for something.
+        valid: bool ``(N,)`` or ``(B, N)``, whether the teacher's locations stand for something.
 
     Returns:
         Locations of the teacher's, int64 ``(P,)``, and which ``P`` of the ``M`` they belong to,
@@ -68,6 +68,7 @@ def beside(
     found = partner[location]
     known = found >= 0
     if valid is not None:
-        known = known & valid[found.clamp(min=0)]
+        at = found.clamp(min=0)
+        known = known & (valid[at] if valid.dim() == 1 else valid[image, at])
     rows = known.nonzero()[:, 0]
     return found[rows], rows

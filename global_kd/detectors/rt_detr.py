@@ -15,6 +15,7 @@ from ..hooks import infer_strides
 from ..step import Dense, Grid
 from ..targets import Targets
 from .locations import beside, cells_of, rows_of
+from .pixels import View
 from .protocol import Sampled
 
 KIND = "rt-detr encoder"
@@ -63,15 +64,15 @@ class EncoderHead:
     def dense(
         self,
         maps: Sequence[Tensor],
-        size: tuple[int, int],
+        view: View,
         facts: frozenset[str],
         tapped: Mapping[str, Any] | None = None,
     ) -> Dense:
-        """Of the encoder's maps for a network input of ``size``.
+        """Of the encoder's maps.
 
         Boxes of cells whose anchor is not valid are finite and mean nothing: see ``Dense.valid``.
         """
-        tapped = tapped or {}
+        tapped, size = tapped or {}, view.size
         logits: Tensor
         if _LOGITS in tapped:
             logits, memory = tapped[_LOGITS], tapped.get(_MEMORY)
@@ -115,7 +116,8 @@ def sample(dense: Dense, truth: Targets) -> Sampled:
     away = (centre - (boxes[:, None, :2] + boxes[:, None, 2:]) / 2).square().sum(dim=2)
     rank = torch.where(inside, _iou(boxes[:, None], dense.boxes.detach()[image]), -1 - away)
     if dense.valid is not None:
-        rank = rank.masked_fill(~dense.valid, -torch.inf)
+        valid = dense.valid if dense.valid.dim() == 1 else dense.valid[image]
+        rank = rank.masked_fill(~valid, -torch.inf)
     best, location = rank.topk(min(_PER_BOX, rank.shape[1]), dim=1)
     location = torch.where(best >= 0, location, location[:, :1])
     count = location.shape[1]

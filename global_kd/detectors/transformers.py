@@ -1,12 +1,12 @@
-"""Hugging Face transformers' RT-DETR, D-FINE, DEIMv2, Deformable DETR, DETR and YOLOS families.
+"""Hugging Face transformers' detectors: the families of RT-DETR, LW-DETR, DETR, and YOLOS.
 
 A batch is the mapping that the image processors and collators give: ``pixel_values``, ``labels``
 and, where images are padded, ``pixel_mask``; the student is called as ``student(**batch)``, the
 distiller as ``kd(batch)``. Labels are ``class_labels``, counted from 0 without a background class.
 
-Soft labels are those of RT-DETR's encoder and its kin's, which says something of every cell. There
-are none of queries: each detector's are a set of their own, and no row of one belongs to a row of
-another.
+Soft labels are the scores by which RT-DETR, LW-DETR and their kin choose queries: each cell has
+some. There are none of queries: each detector's are a set of their own, and no row of one belongs
+to a row of another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
 from ..step import Dense, Queries
 from ..targets import Targets
-from . import rt_detr
+from . import lw_detr, rt_detr
 from .pixels import IMAGENET, Pixels, View
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -39,7 +39,8 @@ class _Family:
         masked: Whether padding is masked out.
         patches: Whether the tokens are a ViT's: class token, patches, detection tokens.
         divisor: Of the height and width that it takes.
-        dense: Whether the encoder is RT-DETR's, with scores and a box at every cell.
+        bare: Whether that module puts out the maps and nothing around them.
+        dense: What has scores and a box at every cell, ``"rt-detr"`` or ``"lw-detr"``, if anything.
     """
 
     features: str = "model.encoder"
@@ -49,11 +50,13 @@ class _Family:
     masked: bool = True
     patches: bool = False
     divisor: int = 1
-    dense: bool = False
+    bare: bool = False
+    dense: str | None = None
 
 
 # The top-down path of the hybrid encoder adds maps upsampled by 2: no odd sizes.
-_HYBRID = _Family(pixels=Pixels(), masked=False, divisor=32, dense=True)
+_HYBRID = _Family(pixels=Pixels(), masked=False, divisor=32, dense="rt-detr")
+_PROJECTED = _Family(features="model.backbone.projector", bare=True, dense="lw-detr")
 _ONE_LEVEL = _Family(shapes="model.input_projection")
 _SOFTMAX = _Family(shapes="model.input_projection", activation="softmax")
 _FAMILIES = {
@@ -61,6 +64,8 @@ _FAMILIES = {
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
     "deimv2": _HYBRID,
+    "lw_detr": _PROJECTED,
+    "rf_detr": _PROJECTED,
     "deformable_detr": _Family(shapes="model.input_proj"),
     "detr": _SOFTMAX,
     "table-transformer": _SOFTMAX,
@@ -89,20 +94,20 @@ class TransformersDetector(MapsOnly):
         self.num_classes: int | None = model.config.num_labels
         self.num_logits: int | None = self.num_classes if self._family.dense else None
         self.pixels: Pixels | None = self._family.pixels
-        if (
-            getattr(getattr(model.config, "backbone_config", None), "model_type", "")
-            == "dinov3_vit"
-        ):
+        backbone = getattr(model.config, "backbone_config", None)
+        if getattr(backbone, "model_type", None) == "dinov3_vit":
             self.pixels = IMAGENET  # what that backbone was made with
         self.family = "query"
         self.gives = self.gives | {"queries"}
         self.kind: str | None = None
-        self._encoder: rt_detr.EncoderHead | None = None
-        if self._family.dense:
-            self.kind, self.gives = rt_detr.KIND, self.gives | rt_detr.GIVES
-            self._encoder = rt_detr.EncoderHead(
-                model.model, "model", self._projected, every_box=True
-            )
+        self._cells: rt_detr.EncoderHead | lw_detr.ProposalHead | None = None
+        if self._family.dense is not None:
+            self.gives = self.gives | rt_detr.GIVES
+        if self._family.dense == "rt-detr":
+            self.kind = rt_detr.KIND
+            self._cells = rt_detr.EncoderHead(model.model, "model", self._projected, every_box=True)
+        elif self._family.dense == "lw-detr":
+            self.kind, self._cells = lw_detr.KIND, lw_detr.ProposalHead(model.model, "model")
         self.taps = {"features": self._family.features}
         if (path := self._family.shapes) is not None:
             shapes = model.get_submodule(path)
@@ -110,10 +115,13 @@ class TransformersDetector(MapsOnly):
             self.taps |= {f"shape{i}": path + part for i, part in enumerate(several)}
         # What is left of an image beside whole patches is cut off, not padded.
         self.divisor = model.config.patch_size if self._family.patches else self._family.divisor
+        if backbone is not None and self._family.dense == "lw-detr":  # whole windows of patches
+            windows = getattr(backbone, "num_windows_side", None) or backbone.num_windows
+            self.divisor = backbone.patch_size * windows
         self._tap = FeatureTap(model, self.taps)
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
-        return {} if self._encoder is None else self._encoder.taps_for(facts)
+        return {} if self._cells is None else self._cells.taps_for(facts)
 
     def example(self) -> View:
         convolutions = (m for m in self.model.modules() if isinstance(m, torch.nn.Conv2d))
@@ -134,6 +142,8 @@ class TransformersDetector(MapsOnly):
         if self._family.patches:
             shape = view.size[0] // self.divisor, view.size[1] // self.divisor
             return tokens_to_maps(features[:, 1 : -self.model.config.num_detection_tokens], [shape])
+        if self._family.bare:
+            return feature_maps(features)
         if self._family.shapes is None:
             return feature_maps(features[0])
         like = (x for name, x in tapped.items() if name.startswith("shape"))
@@ -145,7 +155,7 @@ class TransformersDetector(MapsOnly):
         view = _view(images)
         look = Look(self._maps(tapped, view), view, tapped=tapped)
         truth, sampled = _truth(images, view, look.maps[0].device), None
-        if self._encoder is not None and "positives" in facts:
+        if self._cells is not None and "positives" in facts:
             sampled = rt_detr.sample(self.dense(look, frozenset({"boxes"})), truth)
         return Seen(look, truth, sampled)
 
@@ -157,16 +167,16 @@ class TransformersDetector(MapsOnly):
         return rt_detr.soft_labels(self.dense(look), sampled)
 
     def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
-        if self._encoder is None:
+        if self._cells is None:
             raise self._without("dense")
-        return self._encoder.dense(look.maps, look.view.size, facts, look.tapped)
+        return self._cells.dense(look.maps, look.view, facts, look.tapped)
 
     def head(
         self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
     ) -> Dense:
-        if self._encoder is None:
+        if self._cells is None:
             raise self._without("teacher_head")
-        return self._encoder.dense(maps, look.view.size, facts)
+        return self._cells.dense(maps, look.view, facts)
 
     def _projected(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The levels that the decoder attends to: some have more than the encoder."""

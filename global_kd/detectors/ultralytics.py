@@ -151,7 +151,7 @@ class UltralyticsDetector(MapsOnly):
         tapped: Mapping[str, Any] | None,
     ) -> Dense:
         if self._encoder is not None:
-            return self._encoder.dense(maps, look.view.size, facts, tapped)
+            return self._encoder.dense(maps, look.view, facts, tapped)
         if self._yolo is None:
             raise self._without("dense")
         return self._yolo.dense(maps, facts, tapped, look.raw)

@@ -22,8 +22,61 @@ from .test_transformers import HYBRID, MAKERS, NUM_CLASSES, SCENES, batch_of, hy
 MAKERS = dict(MAKERS)
 if hasattr(transformers, "Deimv2Config"):
     MAKERS["deimv2"] = lambda **o: hybrid("Deimv2", **o)
-DENSE = [name for name in MAKERS if name in (*HYBRID, "deimv2")]
+RT = [name for name in MAKERS if name in (*HYBRID, "deimv2")]
+BACKBONE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "image_size": 64,
+}
+
+
+def projected(name, backbone, **options):
+    """LW-DETR and RF-DETR: the maps are a projector's behind a plain ViT."""
+    small = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_self_attention_heads": 2,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": 12,
+        "group_detr": 3,
+        "num_labels": NUM_CLASSES,
+        "dropout": 0.0,
+        "c2f_num_blocks": 1,
+    }
+    config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **small, **options)
+    return getattr(transformers, f"{name}ForObjectDetection")(config)
+
+
+def lw_detr():
+    own = {"pretrain_image_size": 64, "patch_size": 16, "num_windows": 4, "out_indices": [1, 2]}
+    vit = transformers.AutoConfig.for_model(
+        "lw_detr_vit", window_block_indices=[0], **BACKBONE, **own
+    )
+    return projected("LwDetr", vit, projector_scale_factors=[2.0, 0.5])
+
+
+def rf_detr():
+    own = {"patch_size": 8, "num_windows": 2, "out_features": ["stage1", "stage2"]}
+    vit = transformers.AutoConfig.for_model("rf_detr_dinov2", **BACKBONE, **own)
+    return projected("RfDetr", vit)
+
+
+LW = []
+for make in (lw_detr, rf_detr):
+    if hasattr(transformers, f"{make.__name__.title().replace('_', '')}Config"):
+        LW.append(make.__name__)
+        MAKERS[make.__name__] = make
+DENSE = [*RT, *LW]
 ALL = frozenset({"dense", "boxes", "priors", "positives"})
+
+
+def levelled(name, count):
+    """Options for levels that the decoder adds to the encoder's."""
+    more = {"num_feature_levels": count}
+    return more | ({"decoder_n_levels": count} if name == "rt_detr_v2" else {})
 
 
 def network(name, **options):
@@ -35,12 +88,6 @@ def network(name, **options):
             if ("enc_" in key or "bbox" in key or "class_embed" in key) and x.dim() == 2:
                 x.add_(torch.randn_like(x), alpha=0.2)
     return made
-
-
-def levelled(name, count):
-    """Options for levels that the decoder adds to the encoder's."""
-    more = {"num_feature_levels": count}
-    return more | ({"decoder_n_levels": count} if name == "rt_detr_v2" else {})
 
 
 def corners(boxes, height, width):
@@ -66,7 +113,7 @@ def frozen_statistics(student):
     return student
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", RT)
 @pytest.mark.parametrize("levels", [3, 4])
 def test_the_dense_head_is_the_encoders_own(name, levels):
     """Scores and boxes of every cell, as the queries are chosen from them."""
@@ -97,12 +144,16 @@ def test_the_dense_head_is_the_encoders_own(name, levels):
     assert reader.num_logits == dense.logits.shape[2] == NUM_CLASSES
 
 
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("levels", [3, 4, 5])
-def test_a_student_is_read_from_its_own_training_forward(name, levels):
-    student = network(name, **levelled(name, levels))
+@pytest.mark.parametrize(
+    "name, options",
+    [(name, levelled(name, levels)) for name in RT for levels in (3, 4, 5)]
+    + [(name, {}) for name in LW],
+)
+def test_a_student_is_read_from_its_own_training_forward(name, options):
+    student = network(name, **options)
     reader, seen = trained_forward(student, batch_of("rt_detr"))
-    assert set(reader.taps_for(frozenset({"dense"}))) == {"encoder logits"}
+    tap = "encoder logits" if name in RT else "encoder memory"
+    assert set(reader.taps_for(frozenset({"dense"}))) == {tap}
     assert reader.taps_for(frozenset({"targets", "queries"})) == {}
     facts = frozenset({"boxes", "priors"})
     tapped = reader.dense(seen.look, facts)
@@ -111,7 +162,8 @@ def test_a_student_is_read_from_its_own_training_forward(name, levels):
     for part in ("logits", "priors", "valid"):
         torch.testing.assert_close(getattr(tapped, part), getattr(again, part))
     torch.testing.assert_close(tapped.boxes, again.boxes, rtol=1e-5, atol=1e-3)  # pixels
-    weights = [p for p in student.model.encoder.parameters() if p.dim() == 4]
+    encoder = student.model.encoder if name in RT else student.model.backbone
+    weights = [p for p in encoder.parameters() if p.dim() == 4]
     for part in (tapped.logits, tapped.boxes):
         (gradient,) = torch.autograd.grad(part.square().sum(), weights[0], retain_graph=True)
         assert gradient.abs().max() > 0
@@ -138,7 +190,7 @@ def test_a_copy_gives_the_soft_labels_of_its_student(name):
     assert not soft.requires_grad
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", RT)
 def test_rt_detrs_of_all_kinds_speak_of_the_same_cells(name):
     _, seen = trained_forward(network("rt_detr"), batch_of("rt_detr"))
     teacher = TransformersDetector(network(name, encoder_layers=2, decoder_layers=3).eval())
@@ -193,6 +245,34 @@ def test_a_batch_without_boxes_has_no_soft_labels_and_a_gradient():
     assert student.model.enc_score_head.weight.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("name", LW)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_cells_from_which_lw_detr_chooses(name, padded):
+    """The first group's scores and boxes, of all cells but those in the padding."""
+    teacher = network(name).eval()
+    reader, x = TransformersDetector(teacher), torch.randn(2, 3, 64, 96)
+    view = View(x, torch.tensor([[64, 96], [32, 64]]) if padded else None)
+    with torch.no_grad():
+        output = teacher(x, **({"pixel_mask": view.inside()} if padded else {}))
+        dense = reader.dense(reader.look(view), ALL)
+    strides = {"lw_detr": [8, 32], "rf_detr": [8]}[name]
+    assert [(g.stride, g.height, g.width) for g in dense.grids] == [
+        (s, 64 // s, 96 // s) for s in strides
+    ]
+    assert reader.divisor == {"lw_detr": 32, "rf_detr": 16}[name]
+    ranks = dense.logits.amax(dim=2).masked_fill(~dense.valid, -torch.inf)
+    best = ranks.topk(12, dim=1).indices
+    rows = torch.arange(2)[:, None]
+    torch.testing.assert_close(dense.logits[rows, best], output.enc_outputs_class)
+    for i, size in enumerate([(64, 96), (32, 64) if padded else (64, 96)]):
+        theirs = corners(output.enc_outputs_coord_logits[i], *size)
+        torch.testing.assert_close(dense.boxes[i, best[i]], theirs, rtol=1e-5, atol=1e-3)
+        centre = (dense.priors[:, :2] + dense.priors[:, 2:]) / 2
+        assert torch.equal(dense.valid[i], (centre < torch.tensor(size).flip(0)).all(dim=1))
+    assert dense.boxes.isfinite().all()
+    assert dense.logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_the_head_runs_on_maps_and_gives_them_gradients(name):
     teacher = network(name).eval().requires_grad_(False)
@@ -235,7 +315,7 @@ def test_the_queries_are_those_of_the_models_forward(name):
         assert queries.bins is None
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr"])
+@pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr", *LW])
 def test_the_boxes_of_queries_leave_the_padding_out_where_it_is_masked(name):
     """As published ones are trained: relative to the image, not to the canvas of the batch."""
     teacher = network(name).eval()
