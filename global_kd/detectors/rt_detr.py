@@ -72,15 +72,15 @@ class EncoderHead:
 
         Boxes of cells whose anchor is not valid are finite and mean nothing: see ``Dense.valid``.
         """
-        tapped, size = tapped or {}, view.size
+        tapped = tapped or {}
         logits: Tensor
         if _LOGITS in tapped:
             logits, memory = tapped[_LOGITS], tapped.get(_MEMORY)
-            grids = _grids([(x.shape[2], x.shape[3]) for x in maps], size, logits.shape[1])
+            grids = _grids([(x.shape[2], x.shape[3]) for x in maps], view.size, logits.shape[1])
             anchors, valid = _anchors(grids, maps[0])
         else:
             levels = self._project(maps)
-            grids = _grids([(x.shape[2], x.shape[3]) for x in levels], size)
+            grids = _grids([(x.shape[2], x.shape[3]) for x in levels], view.size)
             anchors, valid = _anchors(grids, maps[0])
             memory = self._owner.enc_output(rows_of(levels) * valid[:, None])
             logits = self._owner.enc_score_head(memory)
@@ -89,8 +89,8 @@ class EncoderHead:
             offsets = tapped.get(_OFFSETS)
             if offsets is None:
                 offsets = self._owner.enc_bbox_head(memory)
-            boxes = _corners((offsets.to(anchors.dtype) + anchors.logit()).sigmoid())
-            boxes = boxes * anchors.new_tensor(size).flip(0).repeat(2)
+            relative = (offsets.to(anchors.dtype) + anchors.logit()).sigmoid()
+            boxes = _corners(relative, view.size)
         priors = cells_of(grids, maps[0]) if "priors" in facts else None
         return Dense(logits, grids, boxes=boxes, priors=priors, valid=valid)
 
@@ -152,23 +152,23 @@ def _grids(
 
 def _anchors(grids: tuple[Grid, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and size ``(N, 4)`` in units of the image, and which are valid, bool ``(N,)``."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
     anchors = []
     for level, (grid, cells) in enumerate(
         zip(grids, cells_of(grids, like).split([g.rows for g in grids]), strict=True)
     ):
-        extent = cells.new_tensor([grid.width, grid.height], dtype=dtype) * grid.stride
-        centre = (cells[:, :2] + cells[:, 2:]) / 2 / extent
+        x, y = ((cells[:, :2] + cells[:, 2:]) / 2 / grid.stride).unbind(dim=1)
+        centre = torch.stack([x / grid.width, y / grid.height], dim=1)
         anchors.append(torch.cat([centre, torch.full_like(centre, _FIRST_SIDE * 2**level)], dim=1))
     together = torch.cat(anchors)
     valid = ((together > _EDGE) & (together < 1 - _EDGE)).all(dim=1)
     return together.clamp(1e-4, 1 - 1e-4), valid
 
 
-def _corners(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` from centre, width and height to two corners."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Two corners ``(..., 4)`` in pixels from centre, width and height in units of the image."""
+    x, y, w, h = boxes.unbind(dim=-1)
+    sides = [(x - w / 2) * size[1], (y - h / 2) * size[0]]
+    return torch.stack([*sides, (x + w / 2) * size[1], (y + h / 2) * size[0]], dim=-1)
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class YoloHead:
     def __init__(self, head: Any, path: str, *, texts: bool) -> None:
         self._head, self._path, self._texts = head, path, texts
         self._strides = [float(s) for s in head.stride]
-        # YOLOv3-tiny's names its levels in an order of its own.
+        # A plan may name the head's levels in any order.
         self._order = sorted(range(len(self._strides)), key=lambda i: self._strides[i])
         self._classes = "cv4" if texts else "cv3"
 

@@ -31,7 +31,8 @@ from .cases_ultralytics import NUM_CLASSES, batch, model
 
 ALL = frozenset({"dense", "boxes", "bins", "priors", "assigned", "positives"})
 YOLOS = {
-    "yolov3-tiny.yaml": "DetectionModel",  # names its levels in another order
+    "yolov3-tiny.yaml": "DetectionModel",
+    "coarsest first": "DetectionModel",
     "yolov5n.yaml": "DetectionModel",
     "yolov8n.yaml": "DetectionModel",
     "yolov9t.yaml": "DetectionModel",
@@ -49,13 +50,23 @@ TRAINED = [name for name, family in YOLOS.items() if family == "DetectionModel"]
 def network(name, family=None, **options):
     """Its head does not say the same everywhere, as one of initial weights does."""
     torch.manual_seed(0)
-    made = model(name, family or YOLOS.get(name, "DetectionModel"), **options)
+    family = family or YOLOS.get(str(name), "DetectionModel")
+    made = model(coarsest_first() if name == "coarsest first" else name, family, **options)
     with torch.no_grad():
         for key, x in made.model[-1].named_parameters():
             encoder = "enc_" in key and x.dim() == 2
             if encoder or (x.dim() == 4 and "dfl" not in key):  # those are the bins' numbers
                 x.add_(torch.randn_like(x), alpha=0.1)
     return made
+
+
+def coarsest_first():
+    """A head that names its levels in this order."""
+    from ultralytics.nn.tasks import yaml_model_load
+
+    plan = yaml_model_load("yolov3-tiny.yaml")
+    plan["head"][-1][0].sort()
+    return plan
 
 
 def rt_detr(**options):
