@@ -40,6 +40,8 @@ class UltralyticsDetector(MapsOnly):
     Soft labels compare the class logits of anchor points that the student's own criterion assigns
     to a box; with a one-to-one head they are those of the one-to-many branch. RT-DETR's are those
     of its encoder, in the cells that fit a box best (:func:`global_kd.detectors.rt_detr.sample`).
+    YOLO-World and YOLOE teach the texts that are set; as students, whose texts may be others in
+    each batch, they have none.
 
     Args:
         model: With a ``Detect`` head or a subclass of it, or RT-DETR's decoder.
@@ -114,7 +116,7 @@ class UltralyticsDetector(MapsOnly):
         elif self._yolo is not None and facts & {"positives", "assigned"}:
             criterion = getattr(self.model, "criterion", None) or self._criterion
             assigned = self._yolo.assigned(criterion, tapped["head"], batch, truth, look.maps)
-        if assigned is not None and "positives" in facts:
+        if assigned is not None and "positives" in facts and self._family != "text":
             image, location = (assigned >= 0).nonzero(as_tuple=True)
             dense, box = self.dense(look), assigned[image, location]
             sampled = Sampled(

@@ -159,6 +159,32 @@ def test_a_student_is_read_from_its_own_training_forward(name):
         assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["yolov8s-world.yaml", "yoloe-11s.yaml"])
+def test_a_student_whose_classes_are_texts_has_no_soft_labels(name):
+    """They may be others in each batch, and are not its teacher's."""
+    student = network(name)
+    images, classes = batch(scenes(), side=64), student.model[-1].nc
+    images["txt_feats"] = torch.randn(1, classes, 512).expand(len(images["img"]), -1, -1)
+    reader, seen, _ = trained_forward(student, images)
+    tapped = reader.dense(seen.look, ALL)
+    output = seen.look.tapped["head"]
+    assert torch.equal(tapped.logits, output["scores"].transpose(1, 2))
+    assert torch.equal(tapped.bins.flatten(2), output["boxes"].transpose(1, 2))
+    assert (seen.assigned >= 0).sum() >= 6
+    assert seen.sampled is None
+
+
+def test_a_teacher_whose_classes_are_texts_has_soft_labels():
+    student, teacher = network("yolov8n.yaml"), network("yolov8s-world.yaml").eval()
+    _, seen, _ = trained_forward(student, batch(scenes(), side=64))
+    reader, (image, location, _) = UltralyticsDetector(teacher), seen.sampled.raw
+    with torch.no_grad():
+        soft, rows = reader.soft_labels(reader.look(seen.look.view), seen.sampled)
+        scores = teacher(seen.look.view.images)[1]["scores"].transpose(1, 2)
+    assert rows is None
+    assert torch.equal(soft, scores[image, location])
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_assigned_locations_are_the_criterions(name):
     student, images = network(name), batch(scenes(), side=96)
