@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..step import Grid, _shared
+from ..step import Grid, shared_locations
 
 
 def rows_of(maps: Sequence[Tensor]) -> Tensor:
@@ -56,7 +56,7 @@ def beside(
     """
     if student == teacher:
         return location, None
-    mine, theirs, grids = _shared(student, teacher, image.device)
+    mine, theirs, grids = shared_locations(student, teacher, image.device)
     count = sum(grid.rows for grid in (grids if theirs is None else teacher))
     if theirs is None:
         theirs = torch.arange(count, device=image.device)

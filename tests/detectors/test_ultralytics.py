@@ -249,12 +249,13 @@ def test_boxes_in_any_order_find_their_own_points():
     first = seen["targets"].boxes[seen["logit_box"]]
     swapped = torch.tensor([2, 3, 0, 1, 4, 5])  # the images' boxes, not those within an image
     shuffled = images | {k: images[k][swapped] for k in ("cls", "bboxes", "batch_idx")}
-    positives = kd._pair.student._positives
+    reader = kd._pair.student
     student(images)
     tapped = kd._tap.read()
-    truth = kd._pair.student.observe(shuffled, None).truth
-    box = positives(tapped, kd._pair.student._batch(images), truth).box
-    assert torch.equal(truth.boxes[box], first)
+    seen = reader.observe(shuffled, None)
+    arguments = student.criterion, tapped["head"], reader._batch(images), seen.truth
+    assigned = reader._yolo.assigned(*arguments, seen.look.maps)
+    assert torch.equal(seen.truth.boxes[assigned[assigned >= 0]], first)
 
 
 def test_batches_of_the_data_loader_are_read_as_they_come():
