@@ -22,6 +22,8 @@ from .step import FACTS, Step
 from .targets import Targets
 
 _STEPS_UNTIL_WARNING = 64
+# Facts that tell of ground truth.
+_OF_TRUTH = frozenset({"targets", "positives", "assigned", "regions", "teacher_regions", "omega"})
 # The field of a step that holds a fact.
 _FIELDS = {"boxes": "dense", "bins": "dense", "proposals": "positives"}
 
@@ -172,6 +174,44 @@ class Distiller(nn.Module):
         terms = self._pass_on(dict(self._each()), seen, looked)
         if self._calls == 0 and not terms:
             warnings.warn(f"Distiller: {self.nothing_distilled()}", stacklevel=2)
+        self._watch_adapters()
+        return terms
+
+    def distil(self, images: Any) -> dict[str, Tensor]:
+        """The terms of images without ground truth: both detectors are run here.
+
+        For losses that need no ground truth (docs/methods.md lists them). Not for students in
+        ``DistributedDataParallel``: their own forward does not run.
+
+        Args:
+            images: As the student takes them in eval mode, or a batch as for :meth:`forward`, whose
+                ground truth is not looked at.
+
+        Returns:
+            Scalars by name; add them up and call ``backward``.
+
+        Raises:
+            ValueError: A loss that needs ground truth.
+
+        Example:
+            >>> sum(kd.distil(images).values()).backward()  # doctest: +SKIP
+        """
+        for _, loss in self._each():
+            if loss.active and (truth := loss.needs & _OF_TRUTH):
+                raise ValueError(
+                    f"losses: expected only such that need no ground truth, but "
+                    f"{type(loss).__name__} needs {', '.join(sorted(truth))}; make a Distiller of "
+                    "the others for unlabelled images"
+                )
+        active = {name: loss for name, loss in self._each() if loss.active}
+        if not active:
+            return {}
+        self._models[1].eval()
+        facts = self._wanted - _OF_TRUTH - {"proposals"}
+        step = self._pair.unlabelled(images, facts)
+        terms: dict[str, Tensor] = {}
+        for name, loss in active.items():
+            terms |= loss(step.student, step.teacher, None, **self._given(step, name))
         self._watch_adapters()
         return terms
 

@@ -176,6 +176,22 @@ class Pair:
         step = Step(student, teacher, strides, seen.truth, positives=self._positives(seen, looked))
         return replace(step, **self._facts(seen, looked, facts))
 
+    def unlabelled(self, images: Any, facts: frozenset[str]) -> Step:
+        """Both detectors on images without ground truth, as far as the facts ask for it.
+
+        The student runs in the mode that it is in, no further than its maps and the heads that are
+        asked for.
+        """
+        view = self.student.see(images)
+        look = self.student.look(view)
+        with torch.no_grad():
+            looked = self.look(view)
+        nobody = Targets(
+            torch.zeros(0, 4, device=view.images.device),
+            *torch.zeros(2, 0, dtype=torch.int64, device=view.images.device),
+        )
+        return replace(self.step(Seen(look, nobody), looked, facts), targets=None)
+
     def _positives(self, seen: Seen, looked: Look) -> Positives | None:
         sampled = seen.sampled
         if sampled is None:

@@ -157,10 +157,13 @@ class Detectron2Detector(MapsOnly):
                 seen = replace(seen, assigned=assigned)
         return seen
 
+    def see(self, images: Any) -> View:
+        padded = self.model.preprocess_image(images)
+        return View(padded.tensor, padded.image_sizes)
+
     def observe(self, images: Any, targets: Any) -> Seen:
         truth = ground_truth(images, targets, self.model.pixel_mean.device)
-        padded = self.model.preprocess_image(images)
-        return Seen(self.look(View(padded.tensor, padded.image_sizes)), pack(truth))
+        return Seen(self.look(self.see(images)), pack(truth))
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         if self._box_head is not None:

@@ -76,6 +76,11 @@ class MMDetDetector(MapsOnly):
         view, truth = _read(images, targets)
         return Seen(Look(feature_maps(tapped["features"]), view), truth)
 
+    def see(self, images: Any) -> View:
+        if isinstance(images, Mapping):
+            images = self.model.data_preprocessor(images, False)["inputs"]
+        return View(images)
+
     def observe(self, images: Any, targets: Any) -> Seen:
         if isinstance(images, Mapping):  # a batch as the data loader yields it
             data = self.model.data_preprocessor(images, False)

@@ -91,8 +91,11 @@ class ModuleDetector(MapsOnly):
         look = self._look(tapped, View(images))
         return Seen(look, as_targets(targets, look.maps[0].device))
 
+    def see(self, images: Any) -> View:
+        return View(images)
+
     def observe(self, images: Any, targets: Any) -> Seen:
-        look = self.look(View(images))
+        look = self.look(self.see(images))
         return Seen(look, as_targets(targets, look.maps[0].device))
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:

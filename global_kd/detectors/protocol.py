@@ -125,6 +125,9 @@ class Detector(Protocol):
     ) -> Seen:
         """Read a training step of this student, as far as the facts ask for it."""
 
+    def see(self, images: Any) -> View:
+        """The network input of a batch, whether or not it has ground truth."""
+
     def observe(self, images: Any, targets: Any) -> Seen:
         """Run this student on a batch in eval mode; targets are the ground truth."""
 

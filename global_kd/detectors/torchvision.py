@@ -112,6 +112,10 @@ class TorchvisionDetector(MapsOnly):
         assigned = assigned if "assigned" in facts else None
         return Seen(look, _pack(truth), sampled, assigned, proposals)
 
+    def see(self, images: Any) -> View:
+        transformed, _ = self.model.transform(list(images))
+        return View(transformed.tensors, transformed.image_sizes)
+
     def observe(self, images: Any, targets: Any) -> Seen:
         transformed, truth = self.model.transform(list(images), list(targets))
         return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))

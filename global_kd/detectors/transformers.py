@@ -159,8 +159,11 @@ class TransformersDetector(MapsOnly):
             sampled = rt_detr.sample(self.dense(look, frozenset({"boxes"})), truth)
         return Seen(look, truth, sampled)
 
+    def see(self, images: Any) -> View:
+        return View(images) if isinstance(images, Tensor) else _view(images)
+
     def observe(self, images: Any, targets: Any) -> Seen:
-        look = self.look(_view(images))
+        look = self.look(self.see(images))
         return Seen(look, _truth(images, look.view, look.maps[0].device))
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:

@@ -125,6 +125,12 @@ class UltralyticsDetector(MapsOnly):
         self._criterion = None
         return Seen(look, truth, sampled, assigned if "assigned" in facts else None)
 
+    def see(self, images: Any) -> View:
+        if isinstance(images, Mapping):
+            images = images["img"]
+        device = next(self.model.parameters()).device
+        return View(self._fitting(images.to(device)))
+
     def observe(self, images: Any, targets: Any) -> Seen:
         batch = self._batch(images)
         return Seen(self.look(View(batch["img"])), _truth(batch))
