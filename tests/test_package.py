@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import global_kd
 from global_kd import functional
@@ -70,6 +71,7 @@ RANK = {
     "doctor": 9,
     "distiller": 10,
     "trainers": 11,
+    "__main__": 12,
 }
 ALONE = {"hooks", "schedules"}  # import no other room
 USERS = {
@@ -291,6 +293,29 @@ def test_functional_core():
 @pytest.mark.parametrize("name", sorted({*PUBLIC} - {"PAPER"}))  # settings, not a class
 def test_public_names_are_documented(name):
     assert inspect.getdoc(getattr(global_kd, name))
+
+
+def test_what_a_bug_report_needs():
+    result = subprocess.run(
+        [sys.executable, "-m", "global_kd"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    found = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert found["global_kd"] == global_kd.__version__
+    assert found["torch"] == torch.__version__
+    assert found["torchvision"] != "-"
+    lines = result.stdout.splitlines()
+    assert [x.split()[1:] for x in lines if x.startswith("ops on cpu")] == [
+        ["on", "cpu", "cpu", "(processor)"]
+    ]
+
+
+def test_the_version_is_written_in_one_place_and_cited():
+    citation = (PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {global_kd.__version__}\n" in citation
 
 
 def test_types_are_shipped():
