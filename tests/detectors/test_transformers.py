@@ -508,35 +508,3 @@ def test_the_loop_of_the_page_runs():
     exec(page_blocks()[1], names)
     assert set(names["terms"]) == {"kd_foreground", "kd_background", "kd_logits"}
     assert any(not torch.equal(v, before[k]) for k, v in student.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore")  # of the Trainer
-def test_the_trainer_of_the_page_runs(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    student, teacher, names = detector("rt_detr"), detector("rt_detr"), {"Distiller": Distiller}
-    exec(page_blocks()[2], names)
-    batch = batch_of("rt_detr")
-    items = [
-        {"pixel_values": x, "labels": y} for x, y in zip(batch["pixel_values"], batch["labels"])
-    ]
-
-    def collate(items):
-        values = torch.stack([x["pixel_values"] for x in items])
-        return {"pixel_values": values, "labels": [dict(x["labels"]) for x in items]}
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=3,
-        remove_unused_columns=False,
-        report_to=[],
-        use_cpu=True,
-    )
-    trainer = names["DistillationTrainer"](
-        student, arguments, train_dataset=items, data_collator=collate, teacher=teacher, loss=gk()
-    )
-    before = [p.clone() for p in trainer.kd.parameters()]
-    trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.kd.parameters()))
-    saved = type(student).from_pretrained(tmp_path / "checkpoint-2")
-    assert list(saved.state_dict()) == list(student.state_dict())

@@ -410,7 +410,7 @@ def test_the_trainer_of_the_documentation(data_set):
     """Trains, is cut off, goes on, and leaves checkpoints that need nothing of this package."""
     from ultralytics import YOLO
 
-    from ultralytics_trainer import DistillationTrainer
+    from global_kd.trainers.ultralytics import DistillationTrainer
 
     settings = {
         "data": str(data_set / "data.yaml"),
@@ -428,7 +428,9 @@ def test_the_trainer_of_the_documentation(data_set):
 
     class Trainer(DistillationTrainer):
         teacher = str(data_set / "teacher.pt")
-        options = {"min_side": 4}
+
+        def losses():
+            return GlobalKnowledgeLoss(3, min_side=4, refresh_every=1)
 
         def optimizer_step(self):
             before = [p.detach().clone() for p in self.kd.parameters()]
@@ -471,7 +473,7 @@ def test_the_trainer_of_the_documentation(data_set):
 def loads_alone(checkpoint):
     """In a process that has neither this package nor the example."""
     code = (
-        "import sys; sys.modules['global_kd'] = sys.modules['ultralytics_trainer'] = None\n"
+        "import sys; sys.modules['global_kd'] = None\n"
         "import numpy, ultralytics\n"
         f"student = ultralytics.YOLO({str(checkpoint)!r})\n"
         "assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())\n"
