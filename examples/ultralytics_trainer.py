@@ -1,6 +1,6 @@
 """Distil inside Ultralytics' own trainer.
 
-    python examples/ultralytics_trainer.py --data data.yaml --student yolo11n.pt --teacher yolo11x.pt
+    python examples/ultralytics_trainer.py --data data.yaml --teacher yolo11x.pt
 
 The student is trained, validated and saved by Ultralytics as always; its checkpoints load without
 this package. Written for Ultralytics 8.4.

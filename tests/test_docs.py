@@ -126,6 +126,10 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_docstrings_run(name, as_a_reader):
+    if name.startswith("global_kd.trainers."):
+        framework = name.rsplit(".", 1)[1]
+        if framework != "losses":  # a file of the room that needs none
+            pytest.importorskip(framework, reason=f"{framework} is not installed")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
