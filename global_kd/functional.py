@@ -5,6 +5,7 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 """
 
 from .instances import pool_boxes
+from .losses.frs import richness_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
@@ -19,6 +20,7 @@ __all__ = [
     "pkd_loss",
     "pool_boxes",
     "relation_loss",
+    "richness_loss",
     "robust_weights",
     "select_prototypes",
 ]

@@ -112,6 +112,22 @@ def build_adapters(
         return nn.ModuleList(adapter(cs, ct) for cs, ct in pairs)
 
 
+def start_small(adapters: nn.Module, seed: int = 0) -> None:
+    """Convolutions that begin near 0, as released with FGFI and DeFeat.
+
+    Weights are ``1e-4`` times normal values folded into (-2, 2), biases 0: the first steps then
+    pull the student's maps hardly at all. The global random state stays as it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in adapters.modules():
+        if isinstance(module, nn.Conv2d):
+            values = torch.randn(module.weight.shape, generator=generator).fmod(2).mul(1e-4)
+            with torch.no_grad():
+                module.weight.copy_(values)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
 def check_pyramids(
     student: Sequence[Tensor], teacher: Sequence[Tensor], strides: Sequence[float]
 ) -> None:

@@ -350,6 +350,8 @@ class Step:
         targets: Ground truth, in pixels of the student's network input.
         positives: See :class:`Positives`.
         teacher_dense: The teacher's head by itself, on all of its own levels.
+        student_dense: The student's head by itself, likewise; who asks for no more than
+            ``"priors"`` gets it where the two heads cannot be compared.
         dense: Both heads on the locations that they share, equal in grids and columns.
         assigned: int64 ``(B, N)`` for the locations of ``dense`` (or of the student's head alone,
             where ``dense`` is missing): index into ``targets``, -1 background, -2 ignored.
@@ -368,6 +370,7 @@ class Step:
     targets: Targets | None = None
     positives: Positives | None = None
     teacher_dense: Dense | None = None
+    student_dense: Dense | None = None
     dense: tuple[Dense, Dense] | None = None
     assigned: Tensor | None = None
     regions: Regions | None = None
@@ -376,6 +379,13 @@ class Step:
     images: Tensor | None = None
     teacher_head: Callable[[Sequence[Tensor]], Dense] | None = None
     omega: Tensor | None = None
+
+    @property
+    def student_head(self) -> Dense | None:
+        """What the student's head says, by itself or as one of two; ``None``: nobody asked."""
+        if self.student_dense is not None:
+            return self.student_dense
+        return None if self.dense is None else self.dense[0]
 
     def at(self, levels: Sequence[int]) -> "Step":
         """The step with some of its levels only."""

@@ -255,6 +255,7 @@ SIGNATURES = {
         "(student, teacher, student_prototypes, teacher_prototypes, weights=None, *, "
         "pairs=None, beta=1.0)"
     ),
+    "richness_loss": "(student, teacher, student_logits, teacher_logits, *, normalizer='cells')",
     "robust_weights": (
         "(student, teacher, student_prototypes, teacher_prototypes, prototype_labels, labels)"
     ),

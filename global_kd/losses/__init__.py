@@ -2,4 +2,5 @@
 
 from .base import DistillLoss as DistillLoss
 from .base import Levels as Levels
+from .frs import FRS as FRS
 from .pkd import PKD as PKD

@@ -428,8 +428,14 @@ class DistillLoss(nn.Module):
 
     def _check_facts(self, step: Step) -> None:
         for fact in sorted(self.needs):
-            field = {"boxes": "dense", "bins": "dense", "priors": "dense"}.get(fact, fact)
-            if getattr(step, field, None) is None:
+            field = {"boxes": "dense", "bins": "dense"}.get(fact, fact)
+            if fact == "priors":
+                head = step.student_head
+                if head is None or head.priors is None:
+                    raise ValueError(
+                        f"student_dense: {type(self).__name__} expected {FACTS[fact]}, but got None"
+                    )
+            elif getattr(step, field, None) is None:
                 raise ValueError(
                     f"{field}: {type(self).__name__} expected {FACTS[field]}, but got None"
                 )

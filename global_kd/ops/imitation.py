@@ -50,6 +50,20 @@ def paint_boxes(
     return canvas.scatter_reduce(0, index, painted.flatten(1), "amax").view(size)
 
 
+def paint_values(values: Tensor, image_index: Tensor, batch: int) -> Tensor:
+    """``(B, H, W)`` map of the largest value (>= 0) among the boxes' own maps, 0 without any.
+
+    Args:
+        values: Floating-point ``(R, H, W)``.
+        image_index: int64 ``(R,)``.
+        batch: ``B``.
+    """
+    rows = values.flatten(1)
+    canvas = rows.new_zeros(batch, rows.shape[1])
+    index = image_index[:, None].expand_as(rows)
+    return canvas.scatter_reduce(0, index, rows, "amax").view(batch, *values.shape[1:])
+
+
 def _paint_in_turn(
     weights: Tensor, cells: Tensor, image_index: Tensor, size: tuple[int, int, int]
 ) -> Tensor:
@@ -95,6 +109,15 @@ def imitation_terms(
     return scale_foreground * (weight * error).sum(), scale_background * (
         (1 - member) * error
     ).sum()
+
+
+def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """``sum(mask * d^2)``, d the difference of maps ``(B, C, H, W)``, the mask ``(B, H, W)``.
+
+    The mask, in the dtype of :func:`accumulate`, has its normaliser in it; it gets no gradient.
+    """
+    one = mask.new_ones(())
+    return imitation_terms(student, teacher, mask, torch.ones_like(mask), one, one)[0]
 
 
 class _InPlanes(torch.autograd.Function):
