@@ -5,6 +5,7 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 """
 
 from .instances import pool_boxes
+from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
@@ -14,6 +15,7 @@ from .prototypes.select import density_candidates, select_prototypes
 from .robust import robust_weights
 
 __all__ = [
+    "anchor_mask",
     "density_candidates",
     "imitation_loss",
     "logit_loss",

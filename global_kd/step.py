@@ -145,6 +145,26 @@ class Dense:
                 return torch.nn.functional.pad(x, (0, right, 0, down)) if down or right else x
         return None
 
+    def prior_map(self, stride: float, size: tuple[int, int]) -> Tensor | None:
+        """The priors ``(H, W, A, 4)`` of the last level of a stride; ``None``: there are none.
+
+        They are cut to ``(H, W)`` cells from the top left, or filled up with boxes without area,
+        which also stand where a location stands for nothing.
+        """
+        if self.priors is None:
+            return None
+        priors = self.priors
+        if self.valid is not None:
+            valid = self.valid if self.valid.dim() == 1 else self.valid.any(dim=0)
+            priors = torch.where(valid[:, None], priors, 0)
+        by_level = priors.split([grid.rows for grid in self.grids])
+        for grid, x in reversed(list(zip(self.grids, by_level, strict=True))):
+            if grid.stride == stride:
+                down, right = size[0] - grid.height, size[1] - grid.width
+                x = x.view(grid.height, grid.width, grid.anchors, 4)
+                return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, right, 0, down))
+        return None
+
     def take(self, rows: Tensor, grids: tuple[Grid, ...]) -> "Dense":
         """The locations ``rows``, int64 ``(M,)``, which fill other grids."""
         return replace(

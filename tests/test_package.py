@@ -240,6 +240,7 @@ PUBLIC = [
     "functional",
 ]
 SIGNATURES = {
+    "anchor_mask": "(anchors, boxes, image_index, batch, *, threshold=0.5)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "imitation_loss": (
         "(student, teacher, boxes, image_index, stride, weights=None, *, "

@@ -2,5 +2,7 @@
 
 from .base import DistillLoss as DistillLoss
 from .base import Levels as Levels
+from .defeat import DeFeat as DeFeat
+from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .pkd import PKD as PKD

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from ..instances import assign_levels
 from ..ops.cells import box_cells
 from ..ops.imitation import paint_boxes
 from ..prototypes.bank import PrototypeBank
@@ -23,7 +24,7 @@ from ..prototypes.generator import PrototypeGenerator
 from ..pyramid import ADAPTERS, build_adapters, check_pyramids
 from ..ranks import MeanGradients, Ranks
 from ..schedules import Schedule
-from ..step import FACTS, Step
+from ..step import FACTS, Regions, Step
 from ..targets import Targets
 
 if TYPE_CHECKING:
@@ -264,6 +265,20 @@ class DistillLoss(nn.Module):
             1 + weights[level], cells, step.targets.image_index, (batch, height, width)
         )
         return torch.where(painted > 0, painted - 1, 1.0)
+
+    def region_weights(self, step: Step, regions: Regions) -> Tensor | None:
+        """Weights ``(N,)`` of proposals: that of their box on the level it belongs to by its size.
+
+        1 for those without a box. ``None`` where all weigh the same.
+        """
+        weights = self.box_weights(step)
+        if weights is None or step.targets is None:
+            return None
+        level = assign_levels(step.targets.boxes.detach(), step.strides)
+        own = weights.gather(0, level[None])[0]
+        # A last entry, 1, for those without a box.
+        own = torch.cat([own, own.new_ones(1)])
+        return own[regions.box.clamp(min=-1)]
 
     # What is the same for all ---------------------------------------------------------------
 

@@ -28,6 +28,7 @@ def sigmoid(x: float) -> float:
 
 def slow(s, t, zs, zt, normalizer="cells"):
     """The two equations, cell by cell."""
+    s, t, zs, zt = (x.detach() for x in (s, t, zs, zt))
     batch, channels, height, width = s.shape
     features = classes = total = 0.0
     for b in range(batch):
