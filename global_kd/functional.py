@@ -11,12 +11,14 @@ from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
 from .losses.relation import relation_loss
+from .losses.tar import gaussian_mask
 from .prototypes.select import density_candidates, select_prototypes
 from .robust import robust_weights
 
 __all__ = [
     "anchor_mask",
     "density_candidates",
+    "gaussian_mask",
     "imitation_loss",
     "logit_loss",
     "pkd_loss",

@@ -320,6 +320,18 @@ class RegionOutputs:
     activation: str = "softmax"
     background: int | None = 0
 
+    def boxes_of(self, labels: Tensor) -> Tensor:
+        """The box ``(N, 4)`` that is regressed for a class, int64 ``(N,)``, of each row."""
+        if self.boxes is None:
+            raise ValueError("boxes: expected regressed boxes (N, K, 4), but got None")
+        count = self.boxes.shape[1]
+        if count == 1:
+            return self.boxes[:, 0]
+        if self.background is not None:
+            labels = labels - (labels > self.background % self.logits.shape[1]).long()
+        index = labels.clamp(0, count - 1)[:, None, None].expand(-1, 1, 4)
+        return self.boxes.gather(1, index)[:, 0]
+
 
 @dataclass(frozen=True)
 class Regions:

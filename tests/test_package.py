@@ -242,6 +242,7 @@ PUBLIC = [
 SIGNATURES = {
     "anchor_mask": "(anchors, boxes, image_index, batch, *, threshold=0.5)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
+    "gaussian_mask": "(boxes, image_index, stride, size)",
     "imitation_loss": (
         "(student, teacher, boxes, image_index, stride, weights=None, *, "
         "foreground=1.0, background=4.0, normalizer='weights')"

@@ -6,3 +6,4 @@ from .defeat import DeFeat as DeFeat
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .pkd import PKD as PKD
+from .tar import TAR as TAR

@@ -126,7 +126,8 @@ class DeFeat(DistillLoss):
                 continue
             logits = regions.student.logits, regions.teacher.logits
             each = divergences(*logits, temperature, regions.student.activation)
-            share = temperature**2 * rows / rows.sum().clamp(min=1)
+            mine = rows.to(each.dtype)
+            share = temperature**2 * mine / mine.sum().clamp(min=1)
             if weights is not None:
                 share = share * weights
             terms[f"classes_{side}"] = (share * each).sum()
