@@ -3,6 +3,7 @@
 from .base import DistillLoss as DistillLoss
 from .base import Levels as Levels
 from .defeat import DeFeat as DeFeat
+from .dicod import DICOD as DICOD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .pkd import PKD as PKD

@@ -24,7 +24,7 @@ from ..prototypes.generator import PrototypeGenerator
 from ..pyramid import ADAPTERS, build_adapters, check_pyramids
 from ..ranks import MeanGradients, Ranks
 from ..schedules import Schedule
-from ..step import FACTS, Regions, Step
+from ..step import FACTS, Step
 from ..targets import Targets
 
 if TYPE_CHECKING:
@@ -266,10 +266,10 @@ class DistillLoss(nn.Module):
         )
         return torch.where(painted > 0, painted - 1, 1.0)
 
-    def region_weights(self, step: Step, regions: Regions) -> Tensor | None:
-        """Weights ``(N,)`` of proposals: that of their box on the level it belongs to by its size.
+    def row_weights(self, step: Step, box: Tensor) -> Tensor | None:
+        """Weights ``(N,)`` of rows: that of their box on the level it belongs to by its size.
 
-        1 for those without a box. ``None`` where all weigh the same.
+        1 for rows without one, where ``box (N,)`` is negative. ``None`` where all weigh the same.
         """
         weights = self.box_weights(step)
         if weights is None or step.targets is None:
@@ -278,7 +278,7 @@ class DistillLoss(nn.Module):
         own = weights.gather(0, level[None])[0]
         # A last entry, 1, for those without a box.
         own = torch.cat([own, own.new_ones(1)])
-        return own[regions.box.clamp(min=-1)]
+        return own[box.clamp(min=-1)]
 
     # What is the same for all ---------------------------------------------------------------
 

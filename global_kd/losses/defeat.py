@@ -119,7 +119,7 @@ class DeFeat(DistillLoss):
     def _follow(self, step: Step, regions: Regions) -> dict[str, Tensor]:
         """The box heads' part: rows of objects, rows of background, the ignored in neither."""
         sides = {"foreground": regions.box >= 0, "background": regions.box == -1}
-        weights = self.region_weights(step, regions)
+        weights = self.row_weights(step, regions.box)
         terms = {}
         for (side, rows), temperature in zip(sides.items(), self.temperature, strict=True):
             if not self.wants(f"classes_{side}"):

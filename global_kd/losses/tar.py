@@ -171,7 +171,7 @@ class TAR(DistillLoss):
             terms["features"] = self._feature_term(step)
         if regions is None:
             return terms
-        weights = self.region_weights(step, regions)
+        weights = self.row_weights(step, regions.box)
         if self.wants("classes"):
             terms["classes"] = self._class_term(regions, weights)
         told = regions.student.boxes is not None and regions.teacher.boxes is not None
