@@ -54,7 +54,7 @@ def gaussian_mask(
         >>> from global_kd.functional import gaussian_mask
         >>> box, image = torch.tensor([[0.0, 0.0, 24.0, 8.0]]), torch.tensor([0])
         >>> gaussian_mask(box, image, 8, (1, 1, 4))
-        tensor([[[0.4111, 1.0000, 0.4111, 0.0000]]])
+        tensor([[[0.8007, 1.0000, 0.8007, 0.0000]]])
     """
     _check.boxes(boxes, image_index)
     _check.positive("stride", stride)

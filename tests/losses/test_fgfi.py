@@ -269,11 +269,12 @@ def test_locations_that_stand_for_nothing_have_no_anchor():
     loss, whole = FGFI(**CHANNELS).double(), head()
     valid = torch.arange(len(whole.priors)) % 3 > 0
     terms = []
-    for value in (0.0, torch.finfo(torch.float64).max):
+    for value in (whole.priors, 0.0, torch.finfo(torch.float64).max):
         priors = torch.where(valid[:, None], whole.priors, value)
         found = Dense(whole.logits, whole.grids, priors=priors, valid=valid.expand(2, -1))
         terms.append(loss(student, teacher, targets(), student_dense=found)["kd_fgfi"])
-    assert terms[0] == terms[1] != loss(student, teacher, targets(), student_dense=whole)["kd_fgfi"]
+    assert terms[0] == terms[1] == terms[2]
+    assert terms[0] != loss(student, teacher, targets(), student_dense=whole)["kd_fgfi"]
 
 
 def test_delay_small_start_and_relu():

@@ -231,9 +231,9 @@ def test_softmax_heads_mask_without_the_background():
 
 def test_places_that_stand_for_nothing():
     """RT-DETR's invalid cells hold anything: neither scored nor compared."""
-    (student, teacher), given = pyramids(), facts(anchors=1)
-    valid = torch.ones(26, dtype=torch.bool)
-    valid[[0, 7, 24]] = False
+    (student, teacher), given = pyramids(), facts(anchors=2)
+    valid = torch.ones(52, dtype=torch.bool)
+    valid[[0, 1, 7, 24, 50]] = False  # a cell's two anchors, and one of others'
     kept = []
     for value in (0.0, 3e4):
         pair = []
