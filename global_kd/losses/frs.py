@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,8 +92,19 @@ def _cross_entropy(student: Tensor, teacher: Tensor, activation: str) -> Tensor:
     student, teacher = accumulate(student), accumulate(teacher.detach())
     if activation == "softmax":
         return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
-    # BCE(sigmoid(s), p) = softplus(s) - p s, which neither overflows nor takes a log of 0.
-    return (functional.softplus(student) - teacher.sigmoid() * student).sum(dim=-1)
+    entropy = functional.binary_cross_entropy_with_logits
+    target = teacher.sigmoid().to(student.dtype)
+    return entropy(student, target, reduction="none").sum(dim=-1)
+
+
+def _require_shared(name: str, head: Dense, strides: Sequence[float]) -> None:
+    found = [grid.stride for grid in head.grids]
+    if not set(found) & set(strides):
+        raise ValueError(
+            f"{name}: expected a level of stride {list(strides)}, but got {found}; FRS weighs a "
+            "map by the scores of the head on it: pass levels=... that the teacher's head has, or "
+            "take a method that needs no head"
+        )
 
 
 class FRS(DistillLoss):
@@ -166,6 +178,7 @@ class FRS(DistillLoss):
 
     def _feature_term(self, step: Step) -> Tensor:
         assert step.teacher_dense is not None
+        _require_shared("teacher_dense", step.teacher_dense, step.strides)
         found = []
         maps = zip(self.adapted(step), step.teacher, step.strides, strict=True)
         for level, (s, t, stride) in enumerate(maps):
@@ -175,16 +188,10 @@ class FRS(DistillLoss):
                 continue
             weights = self.cell_weights(step, level)
             found.append(_features(s, t, mask.detach(), weights, self.normalizer))
-        strides = [grid.stride for grid in step.teacher_dense.grids]
-        if not set(strides) & set(step.strides):
-            raise ValueError(
-                f"teacher_dense: expected a level of stride {list(step.strides)}, but got "
-                f"{strides}; FRS weighs a map by the scores of the head on it: pass levels=... "
-                "that the teacher's head has, or a method that needs no head"
-            )
         return torch.stack(found).sum()
 
     def _class_term(self, step: Step, student: Dense, teacher: Dense) -> Tensor:
+        _require_shared("dense", teacher, step.strides)
         rows = _cross_entropy(student.logits, teacher.logits, student.activation)
         if student.valid is not None:
             rows = torch.where(student.valid, rows, 0)
@@ -195,7 +202,7 @@ class FRS(DistillLoss):
                 cells = row.unflatten(1, (grid.height, grid.width, grid.anchors)).sum(dim=3)
                 weights = self._head_weights(step, grid.stride, cells)
                 found.append(_weighted_mean(cells, mask.detach(), weights))
-        return torch.stack(found).sum() if found else rows[:, :0].sum()
+        return torch.stack(found).sum()
 
     def _head_weights(self, step: Step, stride: float, cells: Tensor) -> Tensor | None:
         """The weights of a level's cells, cut to the head's grid or filled up with 1."""

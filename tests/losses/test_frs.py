@@ -195,6 +195,8 @@ def test_levels_without_a_head_contribute_nothing():
     other = dense(grids([(1, 1)], [32]))
     with pytest.raises(ValueError, match=r"expected a level of stride \[8, 16\], but got \[32\]"):
         loss(student, teacher, teacher_dense=other)
+    with pytest.raises(ValueError, match=r"^dense: expected a level of stride \[8, 16\]"):
+        FRS(features=0, **CHANNELS)(student, teacher, teacher_dense=other, dense=(other, other))
 
 
 def test_a_head_of_other_size_is_cut_or_filled():
