@@ -19,6 +19,7 @@ from .maps import (
     tokens_to_maps,
 )
 from .modules import evaluating, unwrap
+from .tap import quiet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ confidence=0.75)]
             entering, leaving = trace.hooks(path, weights)
             handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
-        with evaluating(inner), torch.random.fork_rng(cards):
+        with quiet(inner), evaluating(inner), torch.random.fork_rng(cards):
             inner(*example_inputs, **example_kwargs)
     finally:
         for handle in handles:

@@ -100,8 +100,15 @@ def infer_stride(input_size: Sequence[int], map_size: Sequence[int]) -> float:
     The exact ratio where the map divides the input; else the nearest power of two, if rounding (by
     less than two cells) or padding inside the network (to a multiple of 32, 64 or 128 pixels) made
     it uneven; else the whole number that patches without padding have: 14 for 18 cells of 256
-    pixels.
+    pixels; else, of sizes that nothing explains, the nearest power of two.
     """
+    stride = explaining_stride(input_size, map_size)
+    ratios = [i / m for i, m in zip(input_size, map_size, strict=True)]
+    return 2.0 ** round(math.log2(max(ratios))) if stride is None else stride
+
+
+def explaining_stride(input_size: Sequence[int], map_size: Sequence[int]) -> float | None:
+    """As :func:`infer_stride`; ``None`` where neither division, rounding nor padding explains."""
     sides = list(zip(input_size, map_size, strict=True))
     ratios = [i / m for i, m in sides]
     if ratios[0] == ratios[1] and ratios[0].is_integer():
@@ -112,5 +119,5 @@ def infer_stride(input_size: Sequence[int], map_size: Sequence[int]) -> float:
     if not rounded and not padded:
         patches = [s for s in range(1, math.ceil(min(ratios)) + 1)
                    if all(i // s == m for i, m in sides)]  # fmt: skip
-        return float(patches[-1] if patches else stride)
+        return float(patches[-1]) if patches else None
     return float(stride)

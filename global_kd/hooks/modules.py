@@ -23,6 +23,41 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that a detector takes: 1 for grey ones, 4 with infrared.
+
+    What its configuration says (transformers, Ultralytics), else its pixel statistics (Detectron2,
+    MMDetection, torchvision), else its first convolution; 3 where there is none.
+    """
+    inner = unwrap(model)
+    if isinstance(number := getattr(getattr(inner, "config", None), "num_channels", None), int):
+        return number
+    told = getattr(inner, "yaml", None)
+    for key in ("channels", "ch"):
+        if isinstance(told, dict) and isinstance(number := told.get(key), int):
+            return number
+    for owner, name in (
+        (inner, "pixel_mean"),
+        (getattr(inner, "data_preprocessor", None), "mean"),
+        (getattr(inner, "transform", None), "image_mean"),
+    ):
+        mean = getattr(owner, name, None)
+        if isinstance(mean, torch.Tensor) and mean.numel() > 1:
+            return mean.numel()
+        if isinstance(mean, (list, tuple)) and len(mean) > 1:
+            return len(mean)
+    cells = 1  # that were moved into channels in front of it
+    for module in inner.modules():
+        if isinstance(module, nn.PixelUnshuffle):
+            cells = module.downscale_factor**2
+        elif type(module).__name__.endswith("Focus"):  # YOLOX, early YOLOv5
+            cells = 4
+        number = getattr(module, "in_channels", None)
+        if hasattr(module, "kernel_size") and isinstance(number, int) and number > 0:
+            return number // cells
+    return 3
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """What FSDP2 (``fully_shard``) has taken over in a model, told by its methods."""
     return [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
