@@ -46,7 +46,14 @@ def pair_levels(
 
 
 def align_levels(
-    student: Tensor, teacher: Tensor, student_stride: float, teacher_stride: float
+    student: Tensor,
+    teacher: Tensor,
+    student_stride: float,
+    teacher_stride: float,
+    *,
+    student_size: Sequence[float] | None = None,
+    teacher_size: Sequence[float] | None = None,
+    slack: float = 32.0,
 ) -> tuple[Tensor, Tensor]:
     """Maps ``(B, C, H, W)`` of one level on one grid: cell for cell the same part of the image.
 
@@ -54,7 +61,37 @@ def align_levels(
     cell or more larger (rounding, padding to another multiple), both are cut to the smaller one:
     nothing is interpolated. Where strides differ, the teacher's map is sampled bilinearly at the
     centres of the student's cells.
+
+    Args:
+        student: The student's map.
+        teacher: The teacher's, not necessarily of the same grid.
+        student_stride: Pixels per cell, of the student's network input.
+        teacher_stride: Likewise, in the student's pixels too (divided by a ``teacher_scale``).
+        student_size: ``(H, W)`` of the canvas that the student is said to have seen; with it, the
+            grid must be this canvas's: to less than two cells, or padded inside to a multiple of
+            32, 64 or 128.
+        teacher_size: Likewise, in the student's pixels.
+        slack: Pixels by which what both saw may differ beyond two cells: the multiple to which
+            either is padded, such as a teacher's divisor.
+
+    Raises:
+        ValueError: Grids that are not of one canvas: another resolution than was said, or a network
+            that resizes inside.
     """
+    _check_canvas("student", student, student_stride, student_size)
+    _check_canvas("teacher", teacher, teacher_stride, teacher_size)
+    mine, theirs = student_size, teacher_size
+    if mine is None or theirs is None:
+        mine = [cells * student_stride for cells in student.shape[2:]]
+        theirs = [cells * teacher_stride for cells in teacher.shape[2:]]
+    slack += 2 * max(student_stride, teacher_stride)
+    if any(abs(m - t) > slack for m, t in zip(mine, theirs, strict=True)):
+        raise ValueError(
+            "teacher: expected a grid of the student's canvas, but the student saw "
+            f"{_canvas(mine)} pixels ({_cells(student, student_stride)}) and the teacher "
+            f"{_canvas(theirs)} ({_cells(teacher, teacher_stride)}); a teacher that resizes inside "
+            "needs teacher_scale, or its resizing switched off"
+        )
     if student_stride == teacher_stride:
         height = min(student.shape[2], teacher.shape[2])
         width = min(student.shape[3], teacher.shape[3])
@@ -75,6 +112,29 @@ def align_levels(
         align_corners=False,
     )
     return student, sampled.to(teacher.dtype)
+
+
+def _check_canvas(side: str, x: Tensor, stride: float, size: Sequence[float] | None) -> None:
+    """Cells times stride is what this side is said to have seen."""
+    if size is None:
+        return
+    for cells, pixels in zip(x.shape[2:], size, strict=True):
+        padded = any(cells * stride == math.ceil(pixels / k) * k for k in (32, 64, 128))
+        if abs(cells * stride - pixels) >= 2 * stride and not padded:
+            raise ValueError(
+                f"{side}: expected a map of a canvas of {_canvas(size)} pixels, but got "
+                f"{_cells(x, stride)}, which it makes of about "
+                f"{_canvas([n * stride for n in x.shape[2:]])}; pass the images that it was called "
+                "with, of which it resizes none inside"
+            )
+
+
+def _canvas(size: Sequence[float]) -> str:
+    return " x ".join(f"{side:g}" for side in size)
+
+
+def _cells(x: Tensor, stride: float) -> str:
+    return f"{x.shape[2]} x {x.shape[3]} cells of stride {stride:g}"
 
 
 def build_adapters(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Targets:
     ids: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if type(self.boxes) is not Tensor:
+            object.__setattr__(self, "boxes", _as_xyxy("boxes", self.boxes))
         _check.boxes(self.boxes, self.image_index)
         for name, x in (("labels", self.labels), ("ids", self.ids)):
             if x is not None:
@@ -98,38 +101,136 @@ class Targets:
 
     @classmethod
     def from_list(
-        cls, targets: Sequence[Mapping[str, Tensor]], device: torch.device | str | None = None
+        cls,
+        targets: Sequence[Mapping[str, Tensor]],
+        device: torch.device | str | None = None,
+        *,
+        num_images: int | None = None,
+        canvas: Sequence[int] | None = None,
     ) -> "Targets":
         """Pack one mapping per image with ``boxes (r, 4)``, ``labels (r,)``, optional ``ids``.
 
-        The boxes must already be in pixels of the padded network input.
+        The boxes must already be in pixels of the padded network input. Those that say in which
+        format they are (torchvision's ``tv_tensors.BoundingBoxes``) are converted. An image without
+        boxes may have them of any dtype, and of shape ``(0,)``.
+
+        Args:
+            targets: One mapping per image.
+            device: Of the result; ``None``: that of the first boxes.
+            num_images: How many mappings there must be.
+            canvas: ``(H, W)`` of the images, beyond which boxes cannot have been measured that say
+                what canvas theirs is.
+
+        Raises:
+            ValueError, TypeError: What does not fit, naming the image.
         """
-        for i, target in enumerate(targets):
-            missing = {"boxes", "labels"} - set(target)
-            if missing:
-                raise ValueError(
-                    f"targets[{i}]: expected the keys 'boxes' and 'labels', but got "
-                    f"{sorted(target)}"
-                )
-            boxes = target["boxes"]
-            if boxes.dim() != 2 or boxes.shape[1] != 4:
-                raise ValueError(
-                    f"targets[{i}]['boxes']: expected shape (r, 4), but got {tuple(boxes.shape)}"
-                )
+        if isinstance(targets, (Mapping, str)) or not isinstance(targets, Sequence):
+            raise TypeError(
+                "targets: expected a list of one dictionary per image with 'boxes' and 'labels', "
+                f"but got {type(targets).__name__}; pass [{{'boxes': ..., 'labels': ...}}, ...]"
+            )
+        if num_images is not None and len(targets) != num_images:
+            raise ValueError(
+                f"targets: expected {num_images} dictionaries, one per image, but got "
+                f"{len(targets)}; an image without boxes has boxes of shape (0, 4)"
+            )
+        rows = [_Image.read(i, target, canvas) for i, target in enumerate(targets)]
+        counts = torch.tensor([len(x.boxes) for x in rows], dtype=torch.int64)
+        image_index = torch.arange(len(rows)).repeat_interleave(counts)
+        full = [x for x in rows if len(x.boxes)]  # an image without boxes decides nothing
         if device is None:
-            device = targets[0]["boxes"].device if targets else "cpu"
-        counts = torch.tensor([len(t["boxes"]) for t in targets], dtype=torch.int64)
-        image_index = torch.arange(len(targets)).repeat_interleave(counts)
+            device = next((x.boxes.device for x in [*full, *rows]), torch.device("cpu"))
 
-        def packed(key: str, like: Tensor) -> Tensor:
-            given = [t[key].to(like.dtype) for t in targets if key in t]
-            return torch.cat([like, *given]).to(device)
+        def packed(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
+            # On the device where they are, then all at once.
+            where = parts[0].device if parts else empty.device
+            joined = torch.cat([x.to(where) for x in parts]) if parts else empty
+            return joined.to(device)
 
-        where = targets[0]["boxes"].device if targets else torch.device("cpu")
-        whole = torch.zeros(0, dtype=torch.int64, device=where)
-        dtype = targets[0]["boxes"].dtype if targets else torch.float32
-        boxes = packed("boxes", torch.zeros(0, 4, dtype=dtype, device=where))
-        named = [t for t in targets if "ids" in t]
-        lacking = any("ids" not in t and len(t["boxes"]) for t in targets)
-        ids = packed("ids", whole) if named and not lacking else None
-        return cls(boxes, packed("labels", whole), image_index.to(device), ids)
+        whole = torch.zeros(0, dtype=torch.int64)
+        boxes = packed([x.boxes for x in full], torch.zeros(0, 4))
+        labels = packed([x.labels for x in full], whole)
+        given = [x.ids for x in full if x.ids is not None]
+        named = any(x.ids is not None for x in rows) and len(given) == len(full)
+        return cls(boxes, labels, image_index.to(device), packed(given, whole) if named else None)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What one image's mapping holds, checked."""
+
+    boxes: Tensor
+    labels: Tensor
+    ids: Tensor | None
+
+    @classmethod
+    def read(cls, i: int, target: Any, canvas: Sequence[int] | None) -> "_Image":
+        if not isinstance(target, Mapping):
+            raise TypeError(
+                f"targets[{i}]: expected a dictionary with 'boxes' and 'labels', but got "
+                f"{type(target).__name__}"
+            )
+        if {"boxes", "labels"} - set(target):
+            raise ValueError(
+                f"targets[{i}]: expected the keys 'boxes' and 'labels', but got {sorted(target)}"
+            )
+        for key in ("boxes", "labels", "ids"):
+            if (key in target) and not isinstance(target[key], Tensor):
+                kind = "float32" if key == "boxes" else "int64"
+                raise TypeError(
+                    f"targets[{i}][{key!r}]: expected a tensor, but got "
+                    f"{type(target[key]).__name__}; pass torch.as_tensor(..., dtype=torch.{kind})"
+                )
+        boxes, name = target["boxes"], f"targets[{i}]['boxes']"
+        if boxes.shape == (0,):
+            boxes = boxes.reshape(0, 4)
+        boxes = _as_xyxy(name, boxes, canvas)
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"{name}: expected shape (r, 4), but got {tuple(boxes.shape)}")
+        if len(boxes) and not boxes.is_floating_point():
+            raise TypeError(
+                f"{name}: expected a floating-point tensor, but got {boxes.dtype}; pass "
+                "boxes.float()"
+            )
+        numbers = {}
+        for key in ("labels", "ids"):
+            if key not in target:
+                continue
+            x, name = target[key], f"targets[{i}][{key!r}]"
+            if x.dim() != 1 or len(x) != len(boxes):
+                raise ValueError(
+                    f"{name}: expected shape ({len(boxes)},), one for each of this image's boxes, "
+                    f"but got {tuple(x.shape)}"
+                )
+            if len(x) and (x.is_floating_point() or x.dtype == torch.bool):
+                raise TypeError(
+                    f"{name}: expected an int64 tensor, but got {x.dtype}; pass .to(torch.int64) "
+                    "if these are whole numbers"
+                )
+            numbers[key] = x.to(torch.int64)
+        return cls(boxes, numbers["labels"], numbers.get("ids"))
+
+
+def _as_xyxy(name: str, boxes: Tensor, canvas: Sequence[int] | None = None) -> Tensor:
+    """Boxes that carry a ``format`` and a ``canvas_size`` as a plain tensor of corners."""
+    if not isinstance(boxes, Tensor) or not hasattr(boxes, "format"):
+        return boxes
+    kind = getattr(boxes.format, "value", boxes.format)
+    size = getattr(boxes, "canvas_size", None)
+    if canvas is not None and size is not None and (size[0] > canvas[0] or size[1] > canvas[1]):
+        raise ValueError(
+            f"{name}: expected boxes on the canvas of the images, {tuple(canvas)}, but got a "
+            f"canvas_size of {tuple(size)}; resize boxes together with their image"
+        )
+    plain = boxes.as_subclass(Tensor)
+    if kind == "XYXY":
+        return plain
+    first, second = plain[..., :2], plain[..., 2:]
+    if kind == "XYWH":
+        return torch.cat([first, first + second], dim=-1)
+    if kind == "CXCYWH":
+        return torch.cat([first - second / 2, first + second / 2], dim=-1)
+    raise ValueError(
+        f"{name}: expected the format XYXY, XYWH or CXCYWH, but got {kind}; pass the upright box "
+        "around each"
+    )

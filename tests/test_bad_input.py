@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -278,6 +279,119 @@ def test_targets_from_list_name_the_image():
         Targets.from_list([good, {"boxes": floats(1, 5), "labels": longs(1)}])
     with pytest.raises((ValueError, TypeError), match="expected .*but got"):
         Targets.from_list([good, {"boxes": torch.tensor([BOX]), "labels": longs(2)}])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(1, 2), (2, 1), (0, 3), (3, 0)],
+)
+@pytest.mark.parametrize("key", ["labels", "ids"])
+def test_lengths_are_those_of_each_image(key, first, second):
+    """Together they fit, and a label would move to another picture."""
+    rows = []
+    for boxes, numbers in ((first, second), (second, first)):
+        row = {"boxes": torch.tensor([BOX] * boxes).reshape(-1, 4), "labels": longs(boxes)}
+        rows.append(row | {"ids": longs(boxes)} | {key: longs(numbers)})
+    with pytest.raises(ValueError, match=rf"targets\[0\]\['{key}'\]: expected shape \({first},\)"):
+        Targets.from_list(rows)
+    with pytest.raises(ValueError, match=rf"'{key}'\]: expected shape \(1,\).*got \(1, 1\)"):
+        one = {"boxes": torch.tensor([BOX]), "labels": longs(1)}
+        Targets.from_list([one | {key: longs(1, 1)}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("boxes", np.zeros((1, 4)), TypeError, "ndarray; pass torch.as_tensor.*float32"),
+        ("boxes", [BOX], TypeError, "list; pass torch.as_tensor.*float32"),
+        ("boxes", None, TypeError, "NoneType; pass torch.as_tensor"),
+        ("boxes", longs(1, 4), TypeError, r"int64; pass boxes.float\(\)"),
+        ("labels", np.zeros(1, dtype=int), TypeError, "ndarray; pass torch.as_tensor.*int64"),
+        ("labels", [0], TypeError, "list; pass torch.as_tensor.*int64"),
+        ("labels", None, TypeError, "NoneType; pass torch.as_tensor"),
+        ("labels", floats(1), TypeError, "float32; pass .to"),
+        ("labels", torch.tensor([True]), TypeError, "bool; pass .to"),
+        ("ids", [0], TypeError, "list; pass torch.as_tensor.*int64"),
+        ("ids", np.zeros(1), TypeError, "ndarray; pass torch.as_tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named_with_its_image(key, value, error, message):
+    one = {"boxes": torch.tensor([BOX]), "labels": longs(1)}
+    with pytest.raises(error, match=rf"targets\[1\]\['{key}'\]: expected .*but got .*{message}"):
+        Targets.from_list([one, one | {key: value}])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {"boxes": floats(1, 4), "labels": longs(1)}, floats(1, 4), np.zeros((1, 4)), "targets"],
+    ids=called,
+)
+def test_what_is_no_list_of_dictionaries(value):
+    with pytest.raises(TypeError, match=r"targets: expected a list of one dictionary per image"):
+        Targets.from_list(value)
+    with pytest.raises(TypeError, match=r"targets\[0\]: expected a dictionary"):
+        Targets.from_list([floats(1, 4) if isinstance(value, dict) else value])
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [torch.zeros(0, 4).double(), longs(0, 4), torch.tensor([]), torch.zeros(0, 4).half()],
+    ids=called,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_image_without_boxes_decides_no_dtype(boxes, dtype):
+    none = {"boxes": boxes, "labels": torch.tensor([])}
+    one = {"boxes": torch.tensor([[0.25, 0, 2049.125, 8]], dtype=dtype), "labels": longs(1)}
+    for rows in ([none, one], [one, none]):
+        packed = Targets.from_list(rows)
+        assert packed.boxes.dtype == dtype and torch.equal(packed.boxes, one["boxes"])
+        assert packed.labels.dtype == torch.int64
+    assert Targets.from_list([none]).boxes.shape == (0, 4)
+
+
+class Said(torch.Tensor):
+    """As torchvision's ``tv_tensors.BoundingBoxes``, as far as is looked at."""
+
+    format, canvas_size = "XYXY", (32, 32)
+
+
+def said(values, kind, size=(32, 32)):
+    boxes = torch.tensor(values).as_subclass(Said)
+    boxes.format, boxes.canvas_size = kind, size
+    return boxes
+
+
+CORNERS = [[2.0, 4.0, 10.0, 20.0], [0.0, 0.0, 6.0, 2.0]]
+SAID = [
+    ("XYXY", CORNERS),
+    ("XYWH", [[2.0, 4.0, 8.0, 16.0], [0.0, 0.0, 6.0, 2.0]]),
+    ("CXCYWH", [[6.0, 12.0, 8.0, 16.0], [3.0, 1.0, 6.0, 2.0]]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), SAID)
+@pytest.mark.parametrize("real", [False, True], ids=["alike", "torchvision"])
+def test_boxes_that_say_what_they_are(kind, values, real):
+    if real:
+        tv = pytest.importorskip("torchvision.tv_tensors")
+        boxes = tv.BoundingBoxes(torch.tensor(values), format=kind, canvas_size=(32, 32))
+    else:
+        boxes = said(values, kind)
+    packed = Targets.from_list([{"boxes": boxes, "labels": longs(2)}])
+    direct = Targets(boxes, longs(2), longs(2))
+    for x in (packed.boxes, direct.boxes):
+        assert type(x) is torch.Tensor and x.tolist() == CORNERS
+    empty = {"boxes": boxes[:0] if real else said(values, kind)[:0], "labels": longs(0)}
+    assert Targets.from_list([empty]).boxes.shape == (0, 4)
+
+
+def test_boxes_of_another_canvas_or_turned_ones_are_refused():
+    one = {"boxes": said(CORNERS, "XYXY", (64, 32)), "labels": longs(2)}
+    assert len(Targets.from_list([one], canvas=(64, 64))) == 2  # images are padded after it
+    with pytest.raises(ValueError, match=r"canvas of the images, \(32, 48\), but got .*\(64, 32\)"):
+        Targets.from_list([one], canvas=(32, 48))
+    with pytest.raises(ValueError, match=r"expected the format XYXY.*but got XYXYXYXY"):
+        Targets.from_list([{"boxes": said([[0.0] * 8], "XYXYXYXY"), "labels": longs(1)}])
 
 
 def test_labels_outside_the_classes():

@@ -5,7 +5,7 @@ import torch
 
 from global_kd.hooks import infer_stride
 from global_kd.instances import assign_levels, pool_levels
-from global_kd.pyramid import build_adapters, pair_levels
+from global_kd.pyramid import align_levels, build_adapters, pair_levels
 from global_kd.targets import Targets
 
 
@@ -102,3 +102,62 @@ def test_levels_of_unequal_channels_share_one_table():
     targets = Targets(torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), torch.tensor([0]))
     rows = pool_levels([torch.ones(1, 2, 4, 4), torch.ones(1, 3, 2, 2)], targets, [4, 8])
     assert rows.tolist() == [[[1, 1, 0]], [[1, 1, 1]]]
+
+
+def level(height, width):
+    return torch.arange(height * width).reshape(1, 1, height, width).float()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "student_size", "teacher_size", "stride"),
+    [
+        ((10, 15), (10, 15), (80, 120), (80, 120), 8),
+        ((7, 11), (8, 12), (60, 92), (60, 92), 8),  # rounded down and up
+        ((8, 12), (7, 11), (60, 92), (60, 92), 8),
+        ((60, 80), (64, 80), (480, 640), (512, 640), 8),  # padded to a divisor of 32
+        ((13, 19), (16, 32), (100, 150), (100, 150), 8),  # padded inside, to 128 in one direction
+        ((1, 1), (2, 2), (50, 50), (64, 64), 64),
+    ],
+)
+def test_what_rounding_and_padding_explain_is_cut(
+    student, teacher, student_size, teacher_size, stride
+):
+    maps = level(*student), level(*teacher)
+    sizes = {"student_size": student_size, "teacher_size": teacher_size}
+    for options in (sizes, {} if teacher != (16, 32) else {"slack": 128}):
+        s, t = align_levels(*maps, stride, stride, **options)
+        height, width = (min(pair) for pair in zip(student, teacher, strict=True))
+        assert torch.equal(s, maps[0][..., :height, :width])
+        assert torch.equal(t, maps[1][..., :height, :width])
+
+
+def test_a_teacher_that_resizes_inside_is_no_rounding():
+    with pytest.raises(ValueError, match=r"saw 256 x 256 pixels \(32 x 32 .*640 x 640 \(80 x 80"):
+        align_levels(level(32, 32), level(80, 80), 8, 8)
+    with pytest.raises(ValueError, match="teacher: expected a grid of the student's canvas"):
+        align_levels(level(32, 32), level(32, 80), 8, 8)  # in one direction only
+    with pytest.raises(ValueError, match="teacher: expected a grid of the student's canvas"):
+        align_levels(level(32, 32), level(48, 48), 16, 14)  # strides that differ
+
+
+def test_a_side_that_saw_another_canvas_is_named():
+    """`kd` was given 128 pixels and the student 160; a teacher's padding to 32 would explain it."""
+    sizes = {"student_size": (128, 128), "teacher_size": (128, 128)}
+    with pytest.raises(ValueError, match="^student: expected .*128 x 128.*20 x 20 .*160 x 160"):
+        align_levels(level(20, 20), level(16, 16), 8, 8, **sizes)
+    with pytest.raises(ValueError, match="^teacher: expected .*128 x 128.*20 x 16 .*160 x 128"):
+        align_levels(level(16, 16), level(20, 16), 8, 8, **sizes)
+    with pytest.raises(ValueError, match="^student: expected"):
+        align_levels(level(10, 10), level(16, 16), 8, 8, **sizes)  # smaller, too
+    with pytest.raises(ValueError, match="the student saw 128 x 128 .*the teacher 256 x 256"):
+        align_levels(
+            level(16, 16), level(32, 32), 8, 8, student_size=(128, 128), teacher_size=(256, 256)
+        )
+
+
+def test_a_scaled_teacher_is_measured_in_the_students_pixels():
+    images = (96, 192)
+    s, t = align_levels(
+        level(12, 24), level(18, 36), 8, 16 / 3, student_size=images, teacher_size=images
+    )
+    assert s.shape == t.shape
