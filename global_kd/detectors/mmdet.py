@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import evaluating, feature_maps
+from ..hooks import evaluating, feature_maps, input_channels
 from ..targets import Targets
 from .pixels import Pixels, View
 from .protocol import Detections, Look, MapsOnly, Seen
@@ -61,7 +61,7 @@ class MMDetDetector(MapsOnly):
 
     def example(self) -> View:
         like = next(self.model.parameters())
-        size = (1, 3, _EXAMPLE_SIZE, _EXAMPLE_SIZE)
+        size = (1, input_channels(self.model.backbone), _EXAMPLE_SIZE, _EXAMPLE_SIZE)
         return View(torch.zeros(size, dtype=like.dtype, device=like.device))
 
     def look(self, view: View) -> Look:
@@ -119,7 +119,7 @@ class MMDetDetector(MapsOnly):
 def _read(inputs: Any, samples: Any) -> tuple[View, Targets]:
     if not isinstance(inputs, Tensor) or inputs.dim() != 4:
         raise ValueError(
-            "images: expected the inputs (B, 3, H, W) that the student is called with, as "
+            "images: expected the inputs (B, C, H, W) that the student is called with, as "
             f"data_preprocessor(data, True) returns them, but got {type(inputs).__name__}"
         )
     if not isinstance(samples, Sequence) or not all(hasattr(x, "gt_instances") for x in samples):
@@ -131,6 +131,10 @@ def _read(inputs: Any, samples: Any) -> tuple[View, Targets]:
         {"boxes": _boxes(x.gt_instances).float(), "labels": x.gt_instances.labels.long()}
         for x in samples
     ]
+    if len(samples) != len(inputs):
+        raise ValueError(
+            f"targets: expected {len(inputs)} data samples, one per image, but got {len(samples)}"
+        )
     sizes = [tuple(x.metainfo["img_shape"][:2]) for x in samples]
     return View(inputs, sizes), Targets.from_list(truth, inputs.device)
 
@@ -145,9 +149,10 @@ def _pixels(preprocessor: Any) -> Pixels | None:
     if not hasattr(preprocessor, "pad_value"):
         return None
     mean, std = getattr(preprocessor, "mean", None), getattr(preprocessor, "std", None)
+    default = Pixels()
     return Pixels(
-        mean=(0.0, 0.0, 0.0) if mean is None else tuple(mean.flatten().tolist()),
-        std=(1.0, 1.0, 1.0) if std is None else tuple(std.flatten().tolist()),
+        mean=default.mean if mean is None else tuple(mean.flatten().tolist()),
+        std=default.std if std is None else tuple(std.flatten().tolist()),
         scale=255.0,
         bgr=not preprocessor._channel_conversion,
         pad=float(preprocessor.pad_value),

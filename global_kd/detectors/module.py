@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import FeatureTap, evaluating, feature_maps, find_pyramids, pyramid_maps
+from .. import _check
+from ..hooks import (
+    FeatureTap,
+    evaluating,
+    explaining_stride,
+    feature_maps,
+    find_pyramids,
+    pyramid_maps,
+)
 from ..targets import Targets
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Seen
@@ -22,6 +30,11 @@ class ModuleDetector(MapsOnly):
             it.
         pixels: Format of its input; ``None``: unknown.
         argument: The name to use for the path in messages.
+        layout: Of the maps at a named path: ``"BCHW"``, or ``"BHWC"`` of a Swin backbone, which
+            keeps channels last; they are read as ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: No pyramid is found and none named, or maps that look like another layout.
     """
 
     kind: str | None = None
@@ -39,7 +52,15 @@ class ModuleDetector(MapsOnly):
         *,
         pixels: Pixels | None = None,
         argument: str = "path",
+        layout: str = "BCHW",
     ) -> None:
+        _check.one_of("layout", layout, ("BCHW", "BHWC"))
+        if layout == "BHWC" and path is None:
+            raise ValueError(
+                f"layout: expected a named module beside 'BHWC', but got {argument}=None; name the "
+                "one that puts out maps (B, H, W, C)"
+            )
+        self._layout = layout
         self.model, self.pixels = model, pixels
         self._example = tuple(fitting(x, model) for x in example_inputs)
         image = next((x for x in self._example if isinstance(x, Tensor) and x.dim() == 4), None)
@@ -49,7 +70,7 @@ class ModuleDetector(MapsOnly):
                 f"{[type(x).__name__ for x in self._example]}"
             )
         self._view = View(image)
-        found = find_pyramids(model, *self._example)
+        found = find_pyramids(model, *self._example) if layout == "BCHW" else []
         if path is not None:
             found = [x for x in found if x.path == path]
             if found and found[0].source == "input" and self._puts_out_maps(path):
@@ -64,6 +85,32 @@ class ModuleDetector(MapsOnly):
         fed = self._pyramid is not None and self._pyramid.source == "input"
         self.inputs: tuple[str, ...] = ("features",) if fed else ()
         self._tap = FeatureTap(model, self.taps, inputs=self.inputs)
+
+        if path is not None and layout == "BCHW":
+            try:
+                with torch.no_grad(), evaluating(model):
+                    self._refuse_permuted(self.look(self._view), argument)
+            except BaseException:
+                self._tap.remove()  # who catches the error holds this object by its traceback
+                raise
+
+    def _refuse_permuted(self, look: Look, argument: str) -> None:
+        """Once: a grid of channels, as maps (B, H, W, C) have that are taken for (B, C, H, W)."""
+        for x in look.maps:
+            _, first, second, third = x.shape
+            if not x.numel() or explaining_stride(look.view.size, (second, third)) is not None:
+                continue
+            ratios = [side / cells for side, cells in zip(look.view.size, x.shape[2:], strict=True)]
+            permuted = explaining_stride(look.view.size, (first, second)) is not None
+            if permuted or max(ratios) > 1.25 * min(ratios):
+                height, width = look.view.size
+                option = argument.replace("path", "layout")
+                raise ValueError(
+                    f"{argument}: expected maps (B, C, H, W), but got {tuple(x.shape)} at "
+                    f"{self.taps['features']!r} for an input of {height} x {width} pixels, and no "
+                    f"stride gives a grid of {second} x {third} cells. Is this (B, H, W, C)? Then "
+                    f'pass {option}="BHWC"; else name another module'
+                )
 
     def _puts_out_maps(self, path: str) -> bool:
         tap = FeatureTap(self.model, {"features": path})
@@ -80,6 +127,8 @@ class ModuleDetector(MapsOnly):
         return self._look(self._tap.run(*arguments), view)
 
     def _look(self, tapped: dict[str, Any], view: View) -> Look:
+        if self._layout == "BHWC":
+            return Look([x.permute(0, 3, 1, 2) for x in feature_maps(tapped["features"])], view)
         if self._pyramid is None:
             return Look(feature_maps(tapped["features"]), view)
         size = view.size if self._pyramid.source == "tokens" else ()
@@ -89,14 +138,14 @@ class ModuleDetector(MapsOnly):
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
     ) -> Seen:
         look = self._look(tapped, View(images))
-        return Seen(look, as_targets(targets, look.maps[0].device))
+        return Seen(look, _truth(targets, images, look))
 
     def see(self, images: Any) -> View:
         return View(images)
 
     def observe(self, images: Any, targets: Any) -> Seen:
-        look = self.look(self.see(images))
-        return Seen(look, as_targets(targets, look.maps[0].device))
+        look = self.look(View(images))
+        return Seen(look, _truth(targets, images, look))
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         self.model(images)
@@ -109,6 +158,33 @@ class ModuleDetector(MapsOnly):
         self._tap.remove()
 
 
-def as_targets(targets: Any, device: torch.device) -> Targets:
-    """A :class:`Targets` as it is, or packed from one mapping per image."""
-    return targets if isinstance(targets, Targets) else Targets.from_list(targets, device)
+def as_targets(
+    targets: Any,
+    device: torch.device,
+    *,
+    num_images: int | None = None,
+    canvas: Sequence[int] | None = None,
+) -> Targets:
+    """A :class:`Targets` as it is, or packed from one mapping per image.
+
+    Args:
+        targets: Either.
+        device: For what is packed.
+        num_images: How many images there are; a list must be as long.
+        canvas: Their ``(H, W)``; see :meth:`Targets.from_list`.
+    """
+    if isinstance(targets, Targets):
+        return targets
+    return Targets.from_list(targets, device, num_images=num_images, canvas=canvas)
+
+
+def _truth(targets: Any, images: Any, look: Look) -> Targets:
+    batch = isinstance(images, Tensor) and images.dim() == 4
+    number = len(look.maps[0])
+    if batch and len(images) != number:
+        raise ValueError(
+            f"images: expected the {number} images of the student's last forward, but got "
+            f"{len(images)}; call kd once after each forward, with its images"
+        )
+    canvas = tuple(images.shape[-2:]) if batch else None
+    return as_targets(targets, look.maps[0].device, num_images=number, canvas=canvas)

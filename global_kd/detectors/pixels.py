@@ -13,11 +13,14 @@ from torch.nn import functional
 class Pixels:
     """How a network's input is made from RGB in [0, 1]: ``x = (rgb * scale - mean) / std``.
 
+    Any number of channels: grey and multispectral images, too.
+
     Args:
-        mean: Per channel, in the network's own channel order.
+        mean: Per channel, in the network's own channel order; one number, or equal numbers, fit
+            every number of channels.
         std: Likewise.
         scale: 1, or 255 where ``mean`` and ``std`` speak of bytes.
-        bgr: Whether the network takes blue first.
+        bgr: Whether the network takes blue first; says nothing of a single channel.
         pad: Value of the network input where an image is padded.
 
     Example:
@@ -35,18 +38,50 @@ class Pixels:
 
     def same_values(self, other: "Pixels") -> bool:
         """Whether both put the same numbers where the images are."""
-        return replace(self, pad=0.0) == replace(other, pad=0.0)
+        mine, theirs = (
+            replace(x, mean=_shortest(x.mean), std=_shortest(x.std), pad=0.0) for x in (self, other)
+        )
+        return mine == theirs
 
     def convert(self, x: Tensor, to: "Pixels") -> Tensor:
-        """Network input ``(B, 3, H, W)`` in this format as one in another."""
+        """Network input ``(B, C, H, W)`` in this format as one in another, in floating point.
 
-        def column(values: Sequence[float]) -> Tensor:
+        Raises:
+            ValueError: Statistics of another number of channels, or more than three channels of
+                which nobody knows how to reorder them.
+        """
+        x, channels = in_floating_point(x), x.shape[1]
+
+        def column(name: str, pixels: Pixels) -> Tensor:
+            values = _shortest(getattr(pixels, name))
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name}: expected {channels} numbers, one per channel of images "
+                    f"{tuple(x.shape)}, but got {len(values)}: {values}; pass "
+                    f"Pixels({name}=...) as student_pixels or teacher_pixels"
+                )
             return x.new_tensor(values)[:, None, None]
 
-        rgb = (x * column(self.std) + column(self.mean)) * (to.scale / self.scale)
-        if self.bgr != to.bgr:
+        rgb = (x * column("std", self) + column("mean", self)) * (to.scale / self.scale)
+        if self.bgr != to.bgr and channels > 1:
+            if channels != 3:
+                raise ValueError(
+                    f"bgr: expected both detectors to take their {channels} channels in one order, "
+                    "but one says BGR and the other RGB, which tells the order of 3 channels only; "
+                    "pass Pixels(bgr=...) with the same value as student_pixels and teacher_pixels"
+                )
             rgb = rgb.flip(1)
-        return (rgb - column(to.mean)) / column(to.std)
+        return (rgb - column("mean", to)) / column("std", to)
+
+
+def _shortest(values: Sequence[float]) -> tuple[float, ...]:
+    """One number where all are equal: it stands for any number of channels."""
+    return tuple(values)[:1] if len(set(values)) == 1 else tuple(values)
+
+
+def in_floating_point(x: Tensor) -> Tensor:
+    """Images of integers (bytes as they were loaded) with the same numbers in the default dtype."""
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 IMAGENET = Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -57,7 +92,7 @@ class View:
     """A batch as a network saw it.
 
     Attributes:
-        images: Network input ``(B, 3, H, W)``, padded at the right and bottom.
+        images: Network input ``(B, C, H, W)``, padded at the right and bottom.
         sizes: ``(height, width)`` of each image without its padding, as a sequence of pairs or an
             int tensor ``(B, 2)``; ``None``: the whole canvas.
     """
@@ -95,9 +130,9 @@ class Taker(Protocol):
 def translate(view: View, source: Pixels | None, target: Taker, *, scale: float = 1.0) -> View:
     """A student's view as its teacher takes it.
 
-    The values are converted from the student's pixel format to the teacher's, the canvas is resized
-    by ``scale``, and padded at the right and bottom to the teacher's ``divisor``; no box moves, but
-    by the scale.
+    The values are converted from the student's pixel format to the teacher's (bytes stay bytes only
+    where no value changes), the canvas is resized by ``scale``, and padded at the right and bottom
+    to the teacher's ``divisor``; no box moves, but by the scale.
 
     Raises:
         ValueError: One side's pixel format is known and the other's is not.
@@ -117,12 +152,15 @@ def translate(view: View, source: Pixels | None, target: Taker, *, scale: float 
     if not tensor:
         if convert or scale != 1:
             raise ValueError(
-                "images: expected a batch (B, 3, H, W) to feed to a teacher with another pixel "
+                "images: expected a batch (B, C, H, W) to feed to a teacher with another pixel "
                 f"format or scale, but got {type(x).__name__}"
             )
         return view
     pad = target.pixels.pad if target.pixels is not None else 0.0
     repaint = convert or (source is not None and source.pad != pad)
+    down, right = (-side % target.divisor for side in (round(s * scale) for s in x.shape[-2:]))
+    if convert or repaint or scale != 1 or ((down or right) and pad % 1):
+        x = in_floating_point(x)
     if convert and source is not None and target.pixels is not None:
         x = source.convert(x, target.pixels)
     if repaint and (inside := view.inside()) is not None:
@@ -137,7 +175,6 @@ def translate(view: View, source: Pixels | None, target: Taker, *, scale: float 
             sizes = (sizes * scale).round().to(sizes.dtype)
         elif sizes is not None:
             sizes = [(round(h * scale), round(w * scale)) for h, w in sizes]
-    down, right = (-side % target.divisor for side in x.shape[-2:])
     if down or right:
         if sizes is None:
             sizes = [tuple(x.shape[-2:])] * len(x)

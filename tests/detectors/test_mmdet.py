@@ -59,9 +59,9 @@ class Preprocessor(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, channels=3):
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 4, stride=4)
+        self.stem = nn.Conv2d(channels, width, 4, stride=4)
         self.stages = nn.ModuleList(nn.Conv2d(width, width, 2, stride=2) for _ in range(2))
 
     def forward(self, x):
@@ -258,3 +258,15 @@ def test_what_does_not_fit_is_named():
     wrapper.__class__ = type("SemiBaseDetector", (nn.Module,), {"__module__": "mmdet.models"})
     with pytest.raises(ValueError, match="detector with a backbone"):
         Distiller(wrapper, teacher, gk())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels):
+    model = Detector()
+    model.backbone = Backbone(4, channels)
+    del model.data_preprocessor.mean, model.data_preprocessor.std
+    model.data_preprocessor.mean = model.data_preprocessor.std = None
+    reader = MMDetDetector(model)
+    assert reader.example().images.shape[1] == channels
+    assert len(reader.look(reader.example()).maps) == 2
+    assert reader.pixels.convert(torch.rand(1, channels, 4, 4), Pixels(scale=255)).isfinite().all()

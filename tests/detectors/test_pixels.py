@@ -1,5 +1,7 @@
 """What passes between a student and a teacher of unlike pixels, scales and grids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -75,8 +77,65 @@ def test_one_known_format_beside_an_unknown_one_is_refused():
         translate(View(RGB), IMAGENET, Eyes(None))
     with pytest.raises(ValueError, match=r"student_pixels: expected the pixel format of the stude"):
         translate(View(RGB), None, Eyes(IMAGENET))
-    with pytest.raises(ValueError, match=r"images: expected a batch \(B, 3, H, W\) to feed"):
+    with pytest.raises(ValueError, match=r"images: expected a batch \(B, C, H, W\) to feed"):
         translate(View([RGB]), None, Eyes(None), scale=2)
+
+
+# --- any dtype, any number of channels --------------------------------------------------------
+
+BYTES = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8)
+RGB_255 = Pixels(scale=255)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("source", [RGB_255, replace(IMAGENET, pad=0.5), BYTES_BGR])
+@pytest.mark.parametrize("target", [RGB_255, IMAGENET, BYTES_BGR, Pixels(pad=114 / 255)])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_integers_give_the_numbers_of_floats(dtype, source, target, scale):
+    views = [
+        translate(View(x, [(40, 30), (20, 56)]), source, Eyes(target, divisor=32), scale=scale)
+        for x in (BYTES.to(dtype), BYTES.float())
+    ]
+    assert views[0].images.isfinite().all()
+    assert torch.equal(views[0].images.float(), views[1].images)
+
+
+def test_integers_stay_what_they_are_where_nothing_changes():
+    assert translate(View(BYTES), None, Eyes(None)).images is BYTES
+    assert translate(View(BYTES), None, Eyes(None, divisor=32)).images.dtype == torch.uint8
+    padded = translate(View(BYTES), RGB_255, Eyes(replace(RGB_255, pad=0.5), divisor=32)).images
+    assert (padded[:, :, 40:] == 0.5).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_defaults_fit_every_number_of_channels(channels):
+    x = torch.rand(2, channels, 8, 8)
+    whole = Pixels(mean=tuple(range(channels)), std=(0.5,) * channels, scale=255)
+    want = (x * 255 - torch.arange(float(channels))[:, None, None]) / 0.5
+    for default in (Pixels(), Pixels(mean=(0.0,), std=(1.0,))):
+        torch.testing.assert_close(default.convert(x, whole), want)
+        torch.testing.assert_close(whole.convert(want, default), x)
+
+
+def test_one_number_is_as_good_as_equal_ones():
+    assert Pixels(mean=(0.5,), std=(1.0,)).same_values(Pixels(mean=(0.5, 0.5, 0.5)))
+    assert not Pixels(mean=(0.5,)).same_values(Pixels(mean=(0.5, 0.5, 0.4)))
+
+
+def test_grey_has_no_order_and_other_numbers_of_channels_tell_none():
+    grey, four = torch.rand(1, 1, 4, 4), torch.rand(1, 4, 4, 4)
+    assert torch.equal(Pixels(bgr=True).convert(grey, Pixels()), grey)
+    with pytest.raises(ValueError, match=r"^bgr: expected .*4 channels"):
+        Pixels(bgr=True).convert(four, Pixels())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_statistics_of_other_channels_are_refused(channels):
+    x = torch.rand(1, channels, 4, 4)
+    with pytest.raises(ValueError, match=rf"^mean: expected {channels} numbers.*but got 3"):
+        Pixels().convert(x, IMAGENET)
+    with pytest.raises(ValueError, match=rf"^std: expected {channels} numbers.*but got 3"):
+        Pixels(std=(1.0, 2.0, 3.0)).convert(x, Pixels())
 
 
 # --- a whole pair -----------------------------------------------------------------------------
