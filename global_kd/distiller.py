@@ -51,6 +51,9 @@ class Distiller(nn.Module):
         teacher_scale: Side of the teacher's input in units of the student's: 2 shows the teacher
             twice the resolution. Levels are paired by their stride in the student's pixels. There
             are no soft labels on positives unless it is 1.
+        student_layout: ``"BHWC"`` where the module named by ``student_path`` puts out maps with
+            channels last, as Swin's stages do.
+        teacher_layout: Likewise.
 
     Raises:
         ValueError: A fact that a loss needs and this pair of detectors cannot give; levels that do
@@ -92,6 +95,8 @@ class Distiller(nn.Module):
         student_pixels: Pixels | None = None,
         teacher_pixels: Pixels | None = None,
         teacher_scale: float = 1.0,
+        student_layout: str = "BCHW",
+        teacher_layout: str = "BCHW",
     ) -> None:
         super().__init__()
         _check.positive("teacher_scale", teacher_scale)
@@ -103,11 +108,11 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"teacher: expected the student's device {where[0]}, but got {where[1]}"
             )
-        mine = _reader("student", self._models[0], student_path, example_inputs)
+        mine = _reader("student", self._models[0], student_path, example_inputs, student_layout)
         if student_pixels is not None:
             mine.pixels = student_pixels
         images = (_example(mine),)
-        theirs = _reader("teacher", self._models[1], teacher_path, images)
+        theirs = _reader("teacher", self._models[1], teacher_path, images, teacher_layout)
         if teacher_pixels is not None:
             theirs.pixels = teacher_pixels
         self._pair = Pair(mine, theirs, self._models, teacher_scale)
@@ -162,10 +167,11 @@ class Distiller(nn.Module):
         """
         active = [name for name, loss in self._each() if loss.active]
         if not active:
+            self._tap.clear()
             return {}
         self._models[1].eval()
         facts = frozenset[str]().union(*(self._facts[name] for name in active))
-        seen = self._pair.read(self._tap.read(), images, targets, facts)
+        seen = self._pair.read(self._tap.read(images), images, targets, facts)
         with torch.no_grad():
             looked = self._pair.look(seen.look.view)
         if self._calls == 0:
@@ -580,7 +586,11 @@ def _example(student: Detector) -> Any:
 
 
 def _reader(
-    name: str, model: nn.Module, path: str | None, example_inputs: Sequence[Any] | None
+    name: str,
+    model: nn.Module,
+    path: str | None,
+    example_inputs: Sequence[Any] | None,
+    layout: str,
 ) -> Detector:
     if path is None and (detector := detector_of(model)) is not None:
         return detector
@@ -590,4 +600,4 @@ def _reader(
             "example_inputs (what its forward takes, an image batch first) and, unless "
             f"find_pyramids finds the module that puts out its feature maps, {name}_path"
         )
-    return ModuleDetector(model, path, example_inputs, argument=f"{name}_path")
+    return ModuleDetector(model, path, example_inputs, argument=f"{name}_path", layout=layout)

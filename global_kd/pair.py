@@ -163,8 +163,17 @@ class Pair:
 
     def maps(self, seen: Look, looked: Look) -> tuple[list[Tensor], list[Tensor]]:
         """The paired levels of both, cell for cell the same places."""
+        theirs = [side / self.scale for side in looked.view.size]
         pairs = [
-            align_levels(seen.maps[i], looked.maps[j], self.strides[0][i], self.strides[1][j])
+            align_levels(
+                seen.maps[i],
+                looked.maps[j],
+                self.strides[0][i],
+                self.strides[1][j],
+                student_size=seen.view.size,
+                teacher_size=theirs,
+                slack=max(32.0, self.teacher.divisor),
+            )
             for i, j in zip(*self.levels, strict=True)
         ]
         return [s for s, _ in pairs], [t for _, t in pairs]

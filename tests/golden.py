@@ -245,7 +245,7 @@ def _run(case: Case, rdm, options) -> dict:
         sum(losses.values()).backward()
         optimizer.step()
         record["steps"].append(exact({name: x.item() for name, x in losses.items()}))
-    maps = tap.read()[case.pyramid]
+    maps = tap.read(images)[case.pyramid]
     truth, omega = kd.weigh(*case.batch(0))
     record |= {
         "student": digest(student.state_dict().values()),

@@ -61,11 +61,20 @@ class Calibration:
 
 def gradient_norm(value: Tensor, inputs: Sequence[Tensor]) -> float:
     """Norm of a scalar's gradient over some tensors together; 0 where there is none."""
-    wanted = [x for x in inputs if x.requires_grad]
+    # What a tap recorded may be a copy, which the detector's own head does not see.
+    wanted = [_as_put_out(x) for x in inputs if x.requires_grad]
     if not value.requires_grad or not wanted:
         return 0.0
     found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
     return math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
+
+
+def _as_put_out(x: Tensor) -> Any:
+    """A tensor, or the place in the graph that it was cloned from."""
+    if x.grad_fn is None or x.grad_fn.name() != "CloneBackward0":
+        return x
+    node, output = x.grad_fn.next_functions[0]
+    return x if node is None else torch.autograd.graph.GradientEdge(node, output)
 
 
 def measure(
@@ -97,7 +106,7 @@ def measure(
                 f"loss on this batch, since that of {type(student).__name__} is not known here, "
                 "but got None"
             )
-        seen = pair.read(tap.read(), images, targets, facts)
+        seen = pair.read(tap.read(images), images, targets, facts)
         with torch.no_grad():
             looked = pair.look(seen.look.view)
         trial = trial_of(losses, lambda copies: pass_on(copies, seen, looked))

@@ -47,7 +47,7 @@ def examine(
         teacher.eval()
         with torch.enable_grad():
             detection = own_loss(student, pair.student, images, targets, detection_loss)
-            seen = pair.read(tap.read(), images, targets, facts_wanted)
+            seen = pair.read(tap.read(images), images, targets, facts_wanted)
             with torch.no_grad():
                 looked, again = pair.look(seen.look.view), pair.look(seen.look.view)
             trial = trial_of(losses, lambda copies: pass_on(copies, seen, looked))

@@ -143,6 +143,7 @@ class Record:
 
     Attributes:
         value: Containers copied; tensors cloned where ``cloned``.
+        plain: Containers copied; the module's own tensors.
         tensors: The module's own tensors.
         versions: Of each at that moment.
         where: The tap: the model's mode, whether the run stops at the last tap, and the name.
@@ -150,6 +151,7 @@ class Record:
     """
 
     value: Any
+    plain: Any
     tensors: list[Tensor]
     versions: list[int | None]
     cloned: bool
@@ -162,9 +164,20 @@ class Record:
             return None
         return [version_of(x) for x in self.tensors] != self.versions
 
+    @property
+    def best(self) -> Any:
+        """The module's own tensors where nobody wrote into them, else the clones.
+
+        A clone has the same values, but another place in the graph: gradients would be added up in
+        another order, and a training would depend on when its first forward was.
+        """
+        return self.plain if self.written is False else self.value
+
 
 def record_of(value: Any, clone: bool, where: tuple[bool, bool, str]) -> Record:
     """Keep a value as it is now."""
     tensors: list[Tensor] = []
-    kept = snapshot(value, tensors, clone=clone)
-    return Record(kept, tensors, [version_of(x) for x in tensors], clone, where)
+    kept = plain = snapshot(value, tensors, clone=clone)
+    if clone and not torch.compiler.is_compiling():
+        plain = snapshot(value)
+    return Record(kept, plain, tensors, [version_of(x) for x in tensors], clone, where)

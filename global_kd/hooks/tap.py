@@ -311,7 +311,7 @@ class FeatureTap:
                     "later operation wrote into them in place (ReLU(inplace=True), say), which it "
                     "had not done before; pass FeatureTap(..., clone=True)"
                 )
-        return {name: records[0].value for name, records in found.items()}
+        return {name: records[0].best for name, records in found.items()}
 
     def __enter__(self) -> "FeatureTap":
         return self
