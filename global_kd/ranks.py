@@ -83,12 +83,31 @@ class Ranks:
             dist.all_reduce(total)
             x.copy_(total)
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks; gradients of all ranks flow back to each."""
+        return x if self.size == 1 else _Total.apply(x, self)  # type: ignore[no-any-return]
+
     def same(self, *tensors: Tensor) -> None:
         """The values of rank 0, in place."""
         for x in tensors if self.size > 1 else ():
             first = x.to(self.device)
             dist.broadcast(first, src=0)
             x.copy_(first)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        total = x.clone()
+        ranks.add(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
+        total = above[0].clone()
+        ctx.ranks.add(total)
+        return total, None
 
 
 class MeanGradients:

@@ -89,6 +89,14 @@ class Common(TypedDict, total=False):
     strides: Sequence[float] | None
 
 
+def applied(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module of a loss makes of a map, which may be of another dtype."""
+    weight = next(module.parameters(), x)
+    # Maps of an autocast forward may arrive outside of it.
+    cast = not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype
+    return module(x.to(weight.dtype) if cast else x)  # type: ignore[no-any-return]
+
+
 class DistillLoss(nn.Module):
     """A distillation loss: a training step in, named terms out.
 
@@ -234,13 +242,7 @@ class DistillLoss(nn.Module):
 
     def adapted(self, step: Step) -> list[Tensor]:
         """The student's maps in the teacher's channels."""
-        adapted = []
-        for adapt, x in zip(self.adapters, step.student, strict=True):
-            weight = next(adapt.parameters(), x)
-            # Maps of an autocast forward may arrive outside of it.
-            cast = not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype
-            adapted.append(adapt(x.to(weight.dtype) if cast else x))
-        return adapted
+        return [applied(f, x) for f, x in zip(self.adapters, step.student, strict=True)]
 
     def box_weights(self, step: Step) -> Tensor | None:
         """Weights ``(L, R)`` of the targets' boxes; ``None`` where all weigh the same."""

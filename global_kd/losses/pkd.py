@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _check
+from ..ops.precision import accumulate
+from ..ranks import Ranks
 from ..step import Step
 from .base import Common, DistillLoss
 
@@ -40,18 +43,38 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         0.0
     """
     _check.same_maps(student, teacher)
-    return (_standardised(student) - _standardised(teacher.detach())).square().mean() / 2
+    return _half_squares(standardised(student), standardised(teacher.detach()))
 
 
-def _standardised(x: Tensor) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = x - x.mean(dim=(0, 2, 3), keepdim=True)
-    n = max(x.numel() // x.shape[1], 1)
-    variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(n - 1, 1)
-    # The root's gradient at 0 is infinite; there the channel is all zeros.
-    flat = variance <= 0
-    std = torch.where(flat, 1.0, variance).sqrt()
-    return centred / (std + 1e-6)
+def _half_squares(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    squares = (student - teacher).square()
+    if weights is not None:
+        squares = squares * weights[:, None]
+    return squares.sum() / (2 * max(student.numel(), 1))
+
+
+def standardised(x: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Each channel of ``(B, C, H, W)`` with mean 0 and standard deviation 1.
+
+    Args:
+        x: Map.
+        total: Sums a tensor over everybody whose values count; ``None``: these alone.
+    """
+    x = accumulate(x)
+    if total is None:
+        total = _own
+    count = total(x.new_full((), x.numel() // max(x.shape[1], 1)))
+    mean = total(x.sum(dim=(0, 2, 3))) / count.clamp(min=1)
+    centred = x - mean[:, None, None]
+    variance = total(centred.square().sum(dim=(0, 2, 3))) / (count - 1).clamp(min=1)
+    # A constant channel has a variance of rounding errors; the root's gradient at 0 is infinite.
+    rounding = (8 * torch.finfo(x.dtype).eps * mean.detach()).square()
+    std = torch.where(variance <= rounding, 1.0, variance).sqrt()
+    return centred / (std + 1e-6)[:, None, None]
+
+
+def _own(x: Tensor) -> Tensor:
+    return x
 
 
 class PKD(DistillLoss):
@@ -62,22 +85,36 @@ class PKD(DistillLoss):
     :func:`global_kd.functional.pkd_loss`.
 
     The paper has no adapter, since its pairs have equal channels; here a 1x1 convolution stands in
-    where they do not (``adapter="match"``). Statistics are those of a process's own batch, as
-    released. The released code resizes where heights differ; here levels are cut to the shared
-    cells.
+    where they do not (``adapter="match"``). The released code resizes where heights differ; here
+    levels are cut to the shared cells. Robust weights weigh the squares of the cells.
 
     Args:
         weight: Default 6 for two-stage detectors, 10 for others.
+        share_statistics: Under ``torch.distributed``, standardise over the batches of all ranks
+            instead of a rank's own (released): then a job of many small batches trains as one of
+            their union. In training mode only; every rank must call it.
         **common: See :class:`global_kd.losses.DistillLoss`. The paper distils four levels:
             ``levels=(4, 8, 16, 32)`` for Faster R-CNN, ``(8, 16, 32, 64)`` for RetinaNet.
     """
 
     name = "pkd"
 
-    def __init__(self, *, weight: float | None = None, **common: Unpack[Common]) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float | None = None,
+        share_statistics: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        self.share_statistics = share_statistics
         usual = {"two-stage": {"": 6.0}, "one-stage": {"": 10.0}}
         super().__init__({"": weight}, usual, **common)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        pairs = zip(self.adapted(step), step.teacher, strict=True)
-        return {"": torch.stack([pkd_loss(s, t) for s, t in pairs]).sum()}
+        shared = self.share_statistics and self.training
+        total = Ranks(self.distributed).total if shared else None
+        found = []
+        for level, (s, t) in enumerate(zip(self.adapted(step), step.teacher, strict=True)):
+            s, t = standardised(s, total), standardised(t, total)
+            found.append(_half_squares(s, t, self.cell_weights(step, level)))
+        return {"": torch.stack(found).sum()}
