@@ -7,6 +7,7 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 from .instances import pool_boxes
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
+from .losses.cwd import cwd_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
@@ -17,6 +18,7 @@ from .robust import robust_weights
 
 __all__ = [
     "anchor_mask",
+    "cwd_loss",
     "density_candidates",
     "gaussian_mask",
     "imitation_loss",

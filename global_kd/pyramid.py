@@ -1,7 +1,8 @@
 """Feature pyramids of two detectors: strides, pairing, channel adapters."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,16 @@ def _canvas(size: Sequence[float]) -> str:
 
 def _cells(x: Tensor, stride: float) -> str:
     return f"{x.shape[2]} x {x.shape[3]} cells of stride {stride:g}"
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """New modules made within have the initial values of this seed.
+
+    The global random state stays as it is: adding distillation must not change the student's own
+    randomness.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs, too
+        yield
 
 
 def build_adapters(
@@ -167,8 +178,7 @@ def build_adapters(
             return conv
         return nn.Sequential(conv, nn.ReLU(), nn.Conv2d(ct, ct, 1))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs, too
+    with seeded(seed):
         return nn.ModuleList(adapter(cs, ct) for cs, ct in pairs)
 
 

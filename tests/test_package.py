@@ -241,6 +241,7 @@ PUBLIC = [
 ]
 SIGNATURES = {
     "anchor_mask": "(anchors, boxes, image_index, batch, *, threshold=0.5)",
+    "cwd_loss": "(student, teacher, *, temperature=1.0)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "gaussian_mask": "(boxes, image_index, stride, size)",
     "imitation_loss": (

@@ -6,5 +6,7 @@ from .defeat import DeFeat as DeFeat
 from .dicod import DICOD as DICOD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
+from .cwd import CWD as CWD
+from .mgd import MGD as MGD
 from .pkd import PKD as PKD
 from .tar import TAR as TAR
