@@ -8,6 +8,7 @@ from .instances import pool_boxes
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
 from .losses.cwd import cwd_loss
+from .losses.fgd import fgd_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
@@ -21,6 +22,7 @@ __all__ = [
     "cwd_loss",
     "density_candidates",
     "gaussian_mask",
+    "fgd_loss",
     "imitation_loss",
     "logit_loss",
     "pkd_loss",

@@ -244,6 +244,9 @@ SIGNATURES = {
     "cwd_loss": "(student, teacher, *, temperature=1.0)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "gaussian_mask": "(boxes, image_index, stride, size)",
+    "fgd_loss": (
+        "(student, teacher, boxes, image_index, stride, weights=None, *, temperature=0.5)"
+    ),
     "imitation_loss": (
         "(student, teacher, boxes, image_index, stride, weights=None, *, "
         "foreground=1.0, background=4.0, normalizer='weights')"
