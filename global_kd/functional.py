@@ -8,6 +8,7 @@ from .instances import pool_boxes
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
 from .losses.cwd import cwd_loss
+from .losses.fbkd import attention_guided_loss
 from .losses.fgd import fgd_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
@@ -19,6 +20,7 @@ from .robust import robust_weights
 
 __all__ = [
     "anchor_mask",
+    "attention_guided_loss",
     "cwd_loss",
     "density_candidates",
     "gaussian_mask",

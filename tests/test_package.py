@@ -241,6 +241,9 @@ PUBLIC = [
 ]
 SIGNATURES = {
     "anchor_mask": "(anchors, boxes, image_index, batch, *, threshold=0.5)",
+    "attention_guided_loss": (
+        "(student, teacher, weights=None, *, temperature=0.5, channels=True)"
+    ),
     "cwd_loss": "(student, teacher, *, temperature=1.0)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "gaussian_mask": "(boxes, image_index, stride, size)",

@@ -7,6 +7,7 @@ from .dicod import DICOD as DICOD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .cwd import CWD as CWD
+from .fbkd import FBKD as FBKD
 from .fgd import FGD as FGD
 from .mgd import MGD as MGD
 from .pkd import PKD as PKD
