@@ -7,7 +7,9 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 from .instances import pool_boxes
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
+from .losses.cosine import cosine_loss
 from .losses.cwd import cwd_loss
+from .losses.detrdistill import query_guided_loss
 from .losses.fbkd import attention_guided_loss
 from .losses.fgd import fgd_loss
 from .losses.imitation import imitation_loss
@@ -21,6 +23,7 @@ from .robust import robust_weights
 __all__ = [
     "anchor_mask",
     "attention_guided_loss",
+    "cosine_loss",
     "cwd_loss",
     "density_candidates",
     "gaussian_mask",
@@ -29,6 +32,7 @@ __all__ = [
     "logit_loss",
     "pkd_loss",
     "pool_boxes",
+    "query_guided_loss",
     "relation_loss",
     "richness_loss",
     "robust_weights",

@@ -244,6 +244,7 @@ SIGNATURES = {
     "attention_guided_loss": (
         "(student, teacher, weights=None, *, temperature=0.5, channels=True)"
     ),
+    "cosine_loss": "(student, teacher, weights=None)",
     "cwd_loss": "(student, teacher, *, temperature=1.0)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "gaussian_mask": "(boxes, image_index, stride, size)",
@@ -260,6 +261,7 @@ SIGNATURES = {
     ),
     "pkd_loss": "(student, teacher)",
     "pool_boxes": "(features, boxes, image_index, stride)",
+    "query_guided_loss": "(student, teacher, queries, scores)",
     "relation_loss": (
         "(student, teacher, student_prototypes, teacher_prototypes, weights=None, *, "
         "pairs=None, beta=1.0)"

@@ -6,7 +6,9 @@ from .defeat import DeFeat as DeFeat
 from .dicod import DICOD as DICOD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
+from .cosine import Cosine as Cosine
 from .cwd import CWD as CWD
+from .detrdistill import DETRDistill as DETRDistill
 from .fbkd import FBKD as FBKD
 from .fgd import FGD as FGD
 from .mgd import MGD as MGD
