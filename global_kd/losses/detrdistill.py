@@ -47,8 +47,8 @@ def query_guided_loss(student: Tensor, teacher: Tensor, queries: Tensor, scores:
         >>> teacher = torch.eye(4).view(1, 4, 2, 2)  # each cell has a direction of its own
         >>> query, score = torch.tensor([[[1.0, 0, 0, 0]]]), torch.tensor([[0.5]])
         >>> loss = query_guided_loss(torch.zeros_like(teacher), teacher, query, score)
-        >>> round(loss.item() * 16, 4)  # the first cell wholly, three others at 0.01
-        1.0003
+        >>> round(loss.item() * 16, 4)  # the first cell wholly, three at 0.01 / 0.5
+        1.0012
     """
     _check.same_maps(student, teacher)
     _check.tensor("queries", queries, 3, "(B, Q, C)")
