@@ -5,13 +5,13 @@ teacher detached. Sums are taken in at least float32, also under autocast.
 """
 
 from .instances import pool_boxes
-from .losses.fgfi import anchor_mask
-from .losses.frs import richness_loss
 from .losses.cosine import cosine_loss
 from .losses.cwd import cwd_loss
 from .losses.detrdistill import query_guided_loss
 from .losses.fbkd import attention_guided_loss
 from .losses.fgd import fgd_loss
+from .losses.fgfi import anchor_mask
+from .losses.frs import richness_loss
 from .losses.imitation import imitation_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
@@ -26,8 +26,8 @@ __all__ = [
     "cosine_loss",
     "cwd_loss",
     "density_candidates",
-    "gaussian_mask",
     "fgd_loss",
+    "gaussian_mask",
     "imitation_loss",
     "logit_loss",
     "pkd_loss",

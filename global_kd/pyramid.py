@@ -136,6 +136,8 @@ def _canvas(size: Sequence[float]) -> str:
 
 def _cells(x: Tensor, stride: float) -> str:
     return f"{x.shape[2]} x {x.shape[3]} cells of stride {stride:g}"
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """New modules made within have the initial values of this seed.

@@ -2,15 +2,15 @@
 
 from .base import DistillLoss as DistillLoss
 from .base import Levels as Levels
-from .defeat import DeFeat as DeFeat
-from .dicod import DICOD as DICOD
-from .fgfi import FGFI as FGFI
-from .frs import FRS as FRS
 from .cosine import Cosine as Cosine
 from .cwd import CWD as CWD
+from .defeat import DeFeat as DeFeat
 from .detrdistill import DETRDistill as DETRDistill
+from .dicod import DICOD as DICOD
 from .fbkd import FBKD as FBKD
 from .fgd import FGD as FGD
+from .fgfi import FGFI as FGFI
+from .frs import FRS as FRS
 from .mgd import MGD as MGD
 from .pkd import PKD as PKD
 from .tar import TAR as TAR
