@@ -161,7 +161,8 @@ class DICOD(DistillLoss):
         terms = {}
         if self.wants("classes"):
             terms["classes"] = self._class_term(step)
-        if self.wants("location"):
+        # Asked for by name, the term must come; by default it comes where the boxes are known.
+        if self.wants("location") and (self._has_boxes(step) or self._given["location"] is not None):
             terms["location"] = self._location_term(step)
         return terms
 
@@ -244,6 +245,13 @@ class DICOD(DistillLoss):
             seen = accumulate(stem(self._ready(crops)))
             looks.append(functional.avg_pool2d(seen, min(_POOL_STEM, *seen.shape[2:])))
         return looks
+
+    @staticmethod
+    def _has_boxes(step: Step) -> bool:
+        dense = step.student_dense if step.dense is None else step.dense[0]
+        if step.regions is not None and step.regions.student.boxes is not None:
+            return True
+        return dense is not None and dense.boxes is not None and step.assigned is not None
 
     def _predicted(self, step: Step) -> tuple[Tensor, Tensor]:
         """The student's boxes of its positives ``(K, 4)``, and the ground truth of each."""

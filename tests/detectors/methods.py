@@ -1,0 +1,260 @@
+"""Which method serves which detector: each is trained for a few steps, and the table is written.
+
+    python -m tests.detectors.methods              # writes methods.json and the table of docs
+    python -m tests.detectors.methods --only fcos  # rows whose name holds a word
+
+Rows of packages that are not installed are kept as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from global_kd import Distiller, GlobalKnowledgeLoss, losses
+from global_kd.losses import DistillLoss
+
+RESULTS = Path(__file__).parent / "methods.json"
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+MARKS = ("<!-- table: methods -->", "<!-- end of the table -->")
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tiny student and teacher of one kind.
+
+    Attributes:
+        needs: The package that must be importable.
+        pair: Makes both, random weights.
+        batch: The arguments of the student's forward and of ``kd(*batch)``.
+        step: The student's training forward: the sum of its own losses.
+        classes: For ``GlobalKnowledgeLoss``.
+        logits: Columns of the class logits that are classes, for a classifier's.
+        options: For the ``Distiller``.
+    """
+
+    needs: str
+    pair: Callable[[], tuple[nn.Module, nn.Module]]
+    batch: Callable[[], tuple[Any, ...]]
+    step: Callable[[nn.Module, tuple[Any, ...]], Tensor]
+    classes: int
+    options: Callable[[], dict[str, Any]] = dict
+
+
+def torchvision_row(kind: str) -> Row:
+    from .detectors import NUM_CLASSES, detector, scenes
+
+    def step(model, batch):
+        return sum(model(*batch).values())
+
+    return Row(
+        "torchvision", lambda: (detector(kind, 8), detector(kind, 12)), scenes, step, NUM_CLASSES
+    )
+
+
+def detectron2_row(kind: str) -> Row:
+    from . import test_detectron2 as tests
+
+    return Row(
+        "detectron2",
+        lambda: (tests.detector(kind), tests.detector(kind, 4)),
+        lambda: (tests.batch(kind),),
+        tests.step,
+        tests.NUM_CLASSES,
+    )
+
+
+def ultralytics_row(student: str, teacher: str, family: str = "DetectionModel") -> Row:
+    from .cases import scenes
+    from .cases_ultralytics import NUM_CLASSES, batch, model, step
+
+    return Row(
+        "ultralytics",
+        lambda: (model(student, family), model(teacher, family)),
+        lambda: (batch(scenes(), side=96),),
+        step,
+        NUM_CLASSES,
+    )
+
+
+def transformers_row(name: str) -> Row:
+    from . import test_transformers as tests
+
+    def pair():
+        student, teacher = tests.detector(name), tests.detector(name)
+        with torch.no_grad():  # both come from one seed
+            for p in teacher.parameters():
+                p.add_(0.02 * torch.randn(p.shape))
+        return student, teacher
+
+    return Row(
+        "transformers",
+        pair,
+        lambda: (tests.batch_of(name),),
+        lambda model, batch: model(**batch[0]).loss,
+        tests.NUM_CLASSES,
+    )
+
+
+def own_row() -> Row:
+    from ..test_distiller import BOXES, IMAGES, Detector
+
+    return Row(
+        "torch",
+        lambda: (Detector(4), Detector(9)),
+        lambda: (IMAGES, BOXES),
+        lambda model, batch: sum(x.square().mean() for x in model(batch[0])),
+        2,
+        lambda: {"example_inputs": (IMAGES,)},
+    )
+
+
+# The names are those of the table; what makes them is called only where the package is.
+ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
+    "torchvision Faster R-CNN": ("torchvision", lambda: torchvision_row("faster_rcnn")),
+    "torchvision RetinaNet": ("torchvision", lambda: torchvision_row("retinanet")),
+    "torchvision FCOS": ("torchvision", lambda: torchvision_row("fcos")),
+    "torchvision SSD": ("torchvision", lambda: torchvision_row("ssd")),
+    "Detectron2 Faster R-CNN": ("detectron2", lambda: detectron2_row("faster")),
+    "Detectron2 RetinaNet": ("detectron2", lambda: detectron2_row("retinanet")),
+    "Detectron2 FCOS": ("detectron2", lambda: detectron2_row("fcos")),
+    "Ultralytics YOLOv8 <- YOLO11": (
+        "ultralytics",
+        lambda: ultralytics_row("yolov8n.yaml", "yolo11n.yaml"),
+    ),
+    "Ultralytics YOLO26": ("ultralytics", lambda: ultralytics_row("yolo26n.yaml", "yolo26n.yaml")),
+    "Ultralytics RT-DETR": (
+        "ultralytics",
+        lambda: ultralytics_row(
+            "rtdetr-resnet50.yaml", "rtdetr-resnet50.yaml", "RTDETRDetectionModel"
+        ),
+    ),
+    "transformers RT-DETR": ("transformers", lambda: transformers_row("rt_detr")),
+    "transformers D-FINE": ("transformers", lambda: transformers_row("d_fine")),
+    "transformers DETR": ("transformers", lambda: transformers_row("detr")),
+    "a detector of one's own": ("torch", own_row),
+}
+
+
+class Crops(nn.Module):
+    """A classifier of crops as DICOD takes it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean(dim=(2, 3)))
+
+
+def methods(classes: int) -> dict[str, Callable[[], DistillLoss]]:
+    """Every method that is exported, made as its first user would."""
+    special: dict[str, Callable[[], DistillLoss]] = {
+        "DICOD": lambda: losses.DICOD(Crops(classes), size=32)
+    }
+    found: dict[str, Callable[[], DistillLoss]] = {
+        "GlobalKnowledgeLoss": lambda: GlobalKnowledgeLoss(
+            classes, total_steps=9, refresh_every=1, min_side=4, relation=5
+        )
+    }
+    for name in sorted(vars(losses)):
+        method = getattr(losses, name)
+        if isinstance(method, type) and issubclass(method, DistillLoss) and method.__name__ == name:
+            if method is not DistillLoss:
+                found[name] = special.get(name, method)
+    return found
+
+
+def put_through(row: Row, method: Callable[[], DistillLoss]) -> str:
+    """The terms that came, or why the pair was refused; whatever else goes wrong raises."""
+    torch.manual_seed(0)
+    student, teacher = row.pair()
+    try:
+        kd = Distiller(student, teacher, method(), **row.options())
+    except ValueError as error:
+        if not str(error).startswith("losses: "):
+            raise
+        return "no: " + str(error).split(", but ", 1)[1].split(". What this pair")[0]
+    for loss in kd.losses.values():
+        loss.warmup_steps = 0  # FRS is silent in its first step
+    frozen = {k: v.clone() for k, v in teacher.state_dict().items()}
+    parameters = [p for p in (*student.parameters(), *kd.parameters()) if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-5)
+    student.train()
+    for _ in range(STEPS):
+        batch = row.batch()
+        own = row.step(student, batch)
+        terms = kd(*batch)
+        assert terms, "no term"
+        assert all(x.isfinite() for x in terms.values()), terms
+        total = sum(terms.values())
+        learning = [p for p in student.parameters() if p.requires_grad]
+        reached = torch.autograd.grad(total, learning, retain_graph=True, allow_unused=True)
+        assert any(g is not None and bool(g.any()) for g in reached), "no gradient"
+        assert all(g is None or bool(g.isfinite().all()) for g in reached), "a gradient overflows"
+        optimizer.zero_grad()
+        (own + total).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)  # random weights
+        optimizer.step()
+    assert all(torch.equal(v, frozen[k]) for k, v in teacher.state_dict().items())
+    kd.detach()
+    return ", ".join(name.removeprefix("kd_") for name in sorted(terms))
+
+
+def run(name: str) -> dict[str, str]:
+    """One row of the table."""
+    row = ROWS[name][1]()
+    found = {}
+    for method, make in methods(row.classes).items():
+        try:
+            found[method] = put_through(row, make)
+        except Exception as error:
+            found[method] = f"ERROR: {type(error).__name__}: {error}"
+    return found
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    names = list(dict.fromkeys(method for row in rows.values() for method in row))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name in ROWS:
+        if name in rows:
+            marks = ["-" if rows[name].get(m, "no").startswith("no") else "yes" for m in names]
+            lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="part of the names of the rows to run")
+    parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, (package, _) in ROWS.items():
+        if options.only not in name or find_spec(package) is None:
+            continue
+        start = time.perf_counter()
+        rows[name] = run(name)
+        print(f"{name} ({time.perf_counter() - start:.0f} s)", flush=True)
+        for method, result in rows[name].items():
+            print(f"    {method}: {result}", flush=True)
+    if not options.dry_run:
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
+        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+        PAGE.write_text(f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
