@@ -376,7 +376,9 @@ def test_what_it_asks_for_and_refuses():
     assert DICOD(model, family="two-stage", **CHANNELS)._activation == "softmax"
     assert DICOD(model, **CHANNELS)._activation == "sigmoid"
     with pytest.raises(ValueError, match="regions: DICOD expected the boxes of the student's pos"):
-        DICOD(model, **OPTIONS)(*MAPS, targets(), **facts())
+        DICOD(model, **(OPTIONS | {"location": 0.15}))(*MAPS, targets(), **facts())
+    # By default the term of location is left out where no detector tells the boxes.
+    assert list(DICOD(model, **OPTIONS)(*MAPS, targets(), **facts())) == ["kd_dicod_classes"]
     with pytest.raises(ValueError, match=r"columns: .* 3 classes, but got 4; pass columns=range"):
         DICOD(model, **(OPTIONS | {"columns": None, "location": 0}))(*MAPS, targets(), **facts())
     with pytest.raises(TypeError, match="classifier: expected a module, but got str"):
