@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check
-from .detectors import Detector, Look, ModuleDetector, Pixels, Seen, detector_of
+from .detectors import Detector, Look, ModuleDetector, Pixels, ReadHead, Seen, detector_of
 from .doctor import Calibration, Report, examine, measure, weights_for
 from .hooks import FeatureTap, evaluating, unwrap
 from .losses.base import DistillLoss, Levels
@@ -54,6 +54,10 @@ class Distiller(nn.Module):
         student_layout: ``"BHWC"`` where the module named by ``student_path`` puts out maps with
             channels last, as Swin's stages do.
         teacher_layout: Likewise.
+        student_dense: The dense head of a detector of no known framework, for losses that look at
+            heads: the path of its module, and a function that turns what it puts out, and ``(H,
+            W)`` of the network input, into a :class:`global_kd.step.Dense` (docs/own_detector.md).
+        teacher_dense: Likewise.
 
     Raises:
         ValueError: A fact that a loss needs and this pair of detectors cannot give; levels that do
@@ -97,6 +101,8 @@ class Distiller(nn.Module):
         teacher_scale: float = 1.0,
         student_layout: str = "BCHW",
         teacher_layout: str = "BCHW",
+        student_dense: tuple[str, ReadHead] | None = None,
+        teacher_dense: tuple[str, ReadHead] | None = None,
     ) -> None:
         super().__init__()
         _check.positive("teacher_scale", teacher_scale)
@@ -108,11 +114,15 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"teacher: expected the student's device {where[0]}, but got {where[1]}"
             )
-        mine = _reader("student", self._models[0], student_path, example_inputs, student_layout)
+        mine = _reader(
+            "student", self._models[0], student_path, example_inputs, student_layout, student_dense
+        )
         if student_pixels is not None:
             mine.pixels = student_pixels
         images = (_example(mine),)
-        theirs = _reader("teacher", self._models[1], teacher_path, images, teacher_layout)
+        theirs = _reader(
+            "teacher", self._models[1], teacher_path, images, teacher_layout, teacher_dense
+        )
         if teacher_pixels is not None:
             theirs.pixels = teacher_pixels
         self._pair = Pair(mine, theirs, self._models, teacher_scale)
@@ -591,8 +601,9 @@ def _reader(
     path: str | None,
     example_inputs: Sequence[Any] | None,
     layout: str,
+    dense: tuple[str, ReadHead] | None,
 ) -> Detector:
-    if path is None and (detector := detector_of(model)) is not None:
+    if path is None and dense is None and (detector := detector_of(model)) is not None:
         return detector
     if example_inputs is None:
         raise ValueError(
@@ -600,4 +611,6 @@ def _reader(
             "example_inputs (what its forward takes, an image batch first) and, unless "
             f"find_pyramids finds the module that puts out its feature maps, {name}_path"
         )
-    return ModuleDetector(model, path, example_inputs, argument=f"{name}_path", layout=layout)
+    return ModuleDetector(
+        model, path, example_inputs, argument=f"{name}_path", layout=layout, dense=dense
+    )

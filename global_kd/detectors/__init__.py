@@ -5,6 +5,7 @@ from .frameworks import detector_of as detector_of
 from .frameworks import register_framework as register_framework
 from .module import ModuleDetector as ModuleDetector
 from .module import as_targets as as_targets
+from .own_head import ReadHead as ReadHead
 from .pixels import IMAGENET as IMAGENET
 from .pixels import Pixels as Pixels
 from .pixels import View as View

@@ -15,7 +15,9 @@ from ..hooks import (
     find_pyramids,
     pyramid_maps,
 )
+from ..step import Dense
 from ..targets import Targets
+from .own_head import OwnHead, ReadHead
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Seen
 
@@ -32,6 +34,8 @@ class ModuleDetector(MapsOnly):
         argument: The name to use for the path in messages.
         layout: Of the maps at a named path: ``"BCHW"``, or ``"BHWC"`` of a Swin backbone, which
             keeps channels last; they are read as ``(B, C, H, W)``.
+        dense: The dense head, as the path of its module and a function that reads what it puts out
+            (see :class:`OwnHead`); ``None``: no facts of a head.
 
     Raises:
         ValueError: No pyramid is found and none named, or maps that look like another layout.
@@ -53,6 +57,7 @@ class ModuleDetector(MapsOnly):
         pixels: Pixels | None = None,
         argument: str = "path",
         layout: str = "BCHW",
+        dense: tuple[str, ReadHead] | None = None,
     ) -> None:
         _check.one_of("layout", layout, ("BCHW", "BHWC"))
         if layout == "BHWC" and path is None:
@@ -84,8 +89,10 @@ class ModuleDetector(MapsOnly):
         self.taps: dict[str, str] = {"features": found[0].path if path is None else path}
         fed = self._pyramid is not None and self._pyramid.source == "input"
         self.inputs: tuple[str, ...] = ("features",) if fed else ()
+        self._head: OwnHead | None = None
         self._tap = FeatureTap(model, self.taps, inputs=self.inputs)
-
+        if dense is not None:
+            self._tap_head(dense, argument.replace("path", "dense"))
         if path is not None and layout == "BCHW":
             try:
                 with torch.no_grad(), evaluating(model):
@@ -93,6 +100,39 @@ class ModuleDetector(MapsOnly):
             except BaseException:
                 self._tap.remove()  # who catches the error holds this object by its traceback
                 raise
+
+    def _tap_head(self, dense: tuple[str, ReadHead], argument: str) -> None:
+        """From here on a look goes on to the head, and takes along what it puts out."""
+        if not isinstance(dense, tuple) or len(dense) != 2 or not callable(dense[1]):
+            raise TypeError(
+                f"{argument}: expected a pair of the head's module and a function that reads its "
+                f'output, ("head", read), but got {dense!r}'
+            )
+        with torch.no_grad(), evaluating(self.model):
+            look = self.look(self._view)
+        self._head = OwnHead(self.model, *dense, self._example, look.view.size, look.maps, argument)
+        self.gives = self.gives | self._head.gives
+        self.activation, self.family = self._head.activation, "one-stage"
+        self._tap.remove()
+        self._tap = FeatureTap(
+            self.model, self.taps | {"head": self._head.path}, inputs=self.inputs
+        )
+
+    def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
+        wanted = facts & {"dense", "boxes", "bins", "priors"}
+        return {} if self._head is None or not wanted else {"head": self._head.path}
+
+    def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
+        if self._head is None or look.tapped is None:
+            raise self._without("dense")
+        return self._head.read(look.tapped["head"], look.view.size)
+
+    def head(
+        self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        if self._head is None:
+            raise self._without("teacher_head")
+        return self._head.run(maps, look.view.size)
 
     def _refuse_permuted(self, look: Look, argument: str) -> None:
         """Once: a grid of channels, as maps (B, H, W, C) have that are taken for (B, C, H, W)."""
@@ -128,11 +168,13 @@ class ModuleDetector(MapsOnly):
 
     def _look(self, tapped: dict[str, Any], view: View) -> Look:
         if self._layout == "BHWC":
-            return Look([x.permute(0, 3, 1, 2) for x in feature_maps(tapped["features"])], view)
-        if self._pyramid is None:
-            return Look(feature_maps(tapped["features"]), view)
-        size = view.size if self._pyramid.source == "tokens" else ()
-        return Look(pyramid_maps(self._pyramid, tapped["features"], size), view)
+            maps = [x.permute(0, 3, 1, 2) for x in feature_maps(tapped["features"])]
+        elif self._pyramid is None:
+            maps = feature_maps(tapped["features"])
+        else:
+            size = view.size if self._pyramid.source == "tokens" else ()
+            maps = pyramid_maps(self._pyramid, tapped["features"], size)
+        return Look(maps, view, tapped=tapped if "head" in tapped else None)
 
     def read(
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]

@@ -162,7 +162,9 @@ class DICOD(DistillLoss):
         if self.wants("classes"):
             terms["classes"] = self._class_term(step)
         # Asked for by name, the term must come; by default it comes where the boxes are known.
-        if self.wants("location") and (self._has_boxes(step) or self._given["location"] is not None):
+        if self.wants("location") and (
+            self._has_boxes(step) or self._given["location"] is not None
+        ):
             terms["location"] = self._location_term(step)
         return terms
 

@@ -170,9 +170,9 @@ def methods(classes: int) -> dict[str, Callable[[], DistillLoss]]:
     }
     for name in sorted(vars(losses)):
         method = getattr(losses, name)
-        if isinstance(method, type) and issubclass(method, DistillLoss) and method.__name__ == name:
-            if method is not DistillLoss:
-                found[name] = special.get(name, method)
+        a_loss = isinstance(method, type) and issubclass(method, DistillLoss)
+        if a_loss and method is not DistillLoss:
+            found[name] = special.get(name, method)
     return found
 
 
