@@ -112,10 +112,24 @@ class Dense:
         if self.activation == "sigmoid":
             return logits.sigmoid()
         p = logits.softmax(dim=2)
-        if self.background is None:
-            return p
-        column = self.background % p.shape[2]
-        return torch.cat([p[..., :column], p[..., column + 1 :]], dim=2)
+        return p if self.background is None else _without(p, self.background)
+
+    def binary_logits(self) -> Tensor:
+        """``(B, N, K')`` in at least float32, whose sigmoids are :meth:`probabilities`.
+
+        ``log p - log(1 - p)``: what losses of two-point distributions take without rounding.
+        """
+        z = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        if self.activation == "sigmoid":
+            return z
+        log_p = z.log_softmax(dim=2)
+        # Only the largest p can be near 1, where 1 - p rounds to 0: there the others are summed.
+        top = z.argmax(dim=2, keepdim=True)
+        others = z.scatter(2, top, torch.finfo(z.dtype).min).logsumexp(dim=2, keepdim=True)
+        is_top = torch.zeros_like(z, dtype=torch.bool).scatter(2, top, True)
+        log_rest = torch.log1p(-torch.where(is_top, 0, log_p.exp()))
+        odds = torch.where(is_top, z - others, log_p - log_rest)
+        return odds if self.background is None else _without(odds, self.background)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -186,6 +200,12 @@ class Dense:
         return replace(
             self, logits=self.logits.detach(), boxes=cut(self.boxes), bins=cut(self.bins)
         )
+
+
+def _without(x: Tensor, column: int) -> Tensor:
+    """Without one of the last dimension's columns."""
+    column %= x.shape[-1]
+    return torch.cat([x[..., :column], x[..., column + 1 :]], dim=-1)
 
 
 def pair_dense(student: Dense, teacher: Dense) -> tuple[Dense, Dense, Tensor | None]:

@@ -24,7 +24,7 @@ from ..prototypes.generator import PrototypeGenerator
 from ..pyramid import ADAPTERS, build_adapters, check_pyramids
 from ..ranks import MeanGradients, Ranks
 from ..schedules import Schedule
-from ..step import FACTS, Step
+from ..step import FACTS, Dense, Step
 from ..targets import Targets
 
 if TYPE_CHECKING:
@@ -281,6 +281,24 @@ class DistillLoss(nn.Module):
         # A last entry, 1, for those without a box.
         own = torch.cat([own, own.new_ones(1)])
         return own[box.clamp(min=-1)]
+    def row_weights(self, step: Step, dense: Dense) -> Tensor | None:
+        """Weights ``(B, N)`` of a head's locations: those of their cells.
+
+        Locations of levels that the maps lack weigh 1. ``None`` where all weigh the same.
+        """
+        if self.box_weights(step) is None:
+            return None
+        rows = []
+        for grid in dense.grids:
+            cells = None
+            if grid.stride in step.strides:
+                cells = self.cell_weights(step, step.strides.index(grid.stride))
+            if cells is None:
+                cells = step.student[0].new_ones(len(dense.logits), grid.height, grid.width)
+            down, right = grid.height - cells.shape[1], grid.width - cells.shape[2]
+            cells = nn.functional.pad(cells, (0, right, 0, down), value=1.0)  # < 0 cuts
+            rows.append(cells[..., None].expand(*cells.shape, grid.anchors).flatten(1))
+        return torch.cat([x.to(rows[0].dtype) for x in rows], dim=1)
 
     # What is the same for all ---------------------------------------------------------------
 
