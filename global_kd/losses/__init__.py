@@ -12,6 +12,7 @@ from .fgd import FGD as FGD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .mgd import MGD as MGD
+from .bckd import BCKD as BCKD
 from .logits import SoftLabels as SoftLabels
 from .pkd import PKD as PKD
 from .tar import TAR as TAR
