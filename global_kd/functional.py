@@ -13,6 +13,7 @@ from .losses.fgd import fgd_loss
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
 from .losses.imitation import imitation_loss
+from .losses.ld import localization_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
 from .losses.relation import relation_loss
@@ -29,6 +30,7 @@ __all__ = [
     "fgd_loss",
     "gaussian_mask",
     "imitation_loss",
+    "localization_loss",
     "logit_loss",
     "pkd_loss",
     "pool_boxes",

@@ -255,6 +255,7 @@ SIGNATURES = {
         "(student, teacher, boxes, image_index, stride, weights=None, *, "
         "foreground=1.0, background=4.0, normalizer='weights')"
     ),
+    "localization_loss": "(student, teacher, weights=None, *, temperature=10.0)",
     "logit_loss": (
         "(student, teacher, weights=None, *, "
         "temperature=2.0, activation='softmax', class_reduction='mean')"
