@@ -13,6 +13,7 @@ from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
 from .mgd import MGD as MGD
 from .bckd import BCKD as BCKD
+from .crosskd import CrossKD as CrossKD
 from .ld import LD as LD
 from .logits import SoftLabels as SoftLabels
 from .pkd import PKD as PKD
