@@ -16,6 +16,7 @@ from .losses.imitation import imitation_loss
 from .losses.ld import localization_loss
 from .losses.logits import logit_loss
 from .losses.pkd import pkd_loss
+from .losses.pfi import prediction_guided_loss, rank_loss
 from .losses.relation import relation_loss
 from .losses.tar import gaussian_mask
 from .prototypes.select import density_candidates, select_prototypes
@@ -35,6 +36,8 @@ __all__ = [
     "pkd_loss",
     "pool_boxes",
     "query_guided_loss",
+    "prediction_guided_loss",
+    "rank_loss",
     "relation_loss",
     "richness_loss",
     "robust_weights",

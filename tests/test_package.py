@@ -263,6 +263,11 @@ SIGNATURES = {
     "pkd_loss": "(student, teacher)",
     "pool_boxes": "(features, boxes, image_index, stride)",
     "query_guided_loss": "(student, teacher, queries, scores)",
+    "prediction_guided_loss": (
+        "(student, teacher, student_logits, teacher_logits, weights=None, *, "
+        "predictions='probabilities', detach=True)"
+    ),
+    "rank_loss": "(student_scores, teacher_scores, box, weights=None, *, num_boxes=None)",
     "relation_loss": (
         "(student, teacher, student_prototypes, teacher_prototypes, weights=None, *, "
         "pairs=None, beta=1.0)"

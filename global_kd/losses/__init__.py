@@ -16,5 +16,6 @@ from .bckd import BCKD as BCKD
 from .crosskd import CrossKD as CrossKD
 from .ld import LD as LD
 from .logits import SoftLabels as SoftLabels
+from .pfi import PFI as PFI
 from .pkd import PKD as PKD
 from .tar import TAR as TAR
