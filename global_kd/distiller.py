@@ -25,7 +25,12 @@ _STEPS_UNTIL_WARNING = 64
 # Facts that tell of ground truth.
 _OF_TRUTH = frozenset({"targets", "positives", "assigned", "regions", "teacher_regions", "omega"})
 # The field of a step that holds a fact.
-_FIELDS = {"boxes": "dense", "bins": "dense", "proposals": "positives"}
+_FIELDS = {
+    "boxes": "dense",
+    "bins": "dense",
+    "teacher_boxes": "teacher_dense",
+    "proposals": "positives",
+}
 
 
 class Distiller(nn.Module):

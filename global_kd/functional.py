@@ -15,8 +15,8 @@ from .losses.frs import richness_loss
 from .losses.imitation import imitation_loss
 from .losses.ld import localization_loss
 from .losses.logits import logit_loss
-from .losses.pkd import pkd_loss
 from .losses.pfi import prediction_guided_loss, rank_loss
+from .losses.pkd import pkd_loss
 from .losses.relation import relation_loss
 from .losses.tar import gaussian_mask
 from .prototypes.select import density_candidates, select_prototypes

@@ -30,6 +30,7 @@ _OF_STUDENT = {
 }
 _ALONE = {  # facts that one side gives by itself
     "teacher_dense": (1, "dense"),
+    "teacher_boxes": (1, "boxes"),
     "teacher_head": (1, "teacher_head"),
     "queries": (1, "queries"),
     "student_dense": (0, "dense"),
@@ -215,12 +216,13 @@ class Pair:
     def _facts(self, seen: Seen, looked: Look, facts: frozenset[str]) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
         inner = facts & {"boxes", "bins", "priors"}
+        their_own = inner - {"priors"} | ({"boxes"} if "teacher_boxes" in facts else set())
         mine = theirs = rows = None
         if facts & {"dense", "boxes", "bins", "student_dense", "priors"}:
             mine = found["student_dense"] = self.student.dense(seen.look, inner)
-        if facts & {"dense", "boxes", "bins", "teacher_dense"}:
+        if facts & {"dense", "boxes", "bins", "teacher_dense", "teacher_boxes"}:
             with torch.no_grad():
-                theirs = _scaled(self.teacher.dense(looked, inner - {"priors"}), self.scale)
+                theirs = _scaled(self.teacher.dense(looked, their_own), self.scale)
             found["teacher_dense"] = theirs
         if facts & {"dense", "boxes", "bins"} and mine is not None and theirs is not None:
             *pair, rows = pair_dense(mine, theirs)
@@ -242,7 +244,7 @@ class Pair:
         if "images" in facts:
             found["images"] = seen.look.view.images
         if "teacher_head" in facts:
-            found["teacher_head"] = _Head(self, looked, inner)
+            found["teacher_head"] = _Head(self, looked, their_own)
         return found
 
     def _regions(self, seen: Seen, looked: Look, proposals: Targets, box: Tensor) -> Regions:

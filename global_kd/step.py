@@ -20,6 +20,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "positives": "class logits of both detectors on the rows that the student's own loss "
         "trains as objects: Positives",
         "teacher_dense": "the teacher's class logits at every location: Dense",
+        "teacher_boxes": "the decoded boxes of the teacher's head: Dense.boxes",
         "dense": "class logits of both detectors at the same locations, with the same columns: "
         "(Dense, Dense)",
         "boxes": "decoded boxes at these locations: Dense.boxes",

@@ -281,7 +281,8 @@ class DistillLoss(nn.Module):
         # A last entry, 1, for those without a box.
         own = torch.cat([own, own.new_ones(1)])
         return own[box.clamp(min=-1)]
-    def row_weights(self, step: Step, dense: Dense) -> Tensor | None:
+
+    def location_weights(self, step: Step, dense: Dense) -> Tensor | None:
         """Weights ``(B, N)`` of a head's locations: those of their cells.
 
         Locations of levels that the maps lack weigh 1. ``None`` where all weigh the same.
@@ -463,7 +464,8 @@ class DistillLoss(nn.Module):
 
     def _check_facts(self, step: Step) -> None:
         for fact in sorted(self.needs):
-            field = {"boxes": "dense", "bins": "dense"}.get(fact, fact)
+            fields = {"boxes": "dense", "bins": "dense", "teacher_boxes": "teacher_dense"}
+            field = fields.get(fact, fact)
             if fact == "priors":
                 head = step.student_head
                 if head is None or head.priors is None:

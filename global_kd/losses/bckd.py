@@ -108,7 +108,7 @@ class BCKD(DistillLoss):
         p = t.sigmoid()
         number = count_positives(self, counts, step.assigned, p.amax(dim=2))
         weights = counts.to(s.dtype) / number
-        robust = self.row_weights(step, student)
+        robust = self.location_weights(step, student)
         if robust is not None:
             weights = weights * robust
         terms = {}

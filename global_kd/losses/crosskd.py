@@ -54,7 +54,7 @@ class CrossKD(DistillLoss):
 
     name = "crosskd"
     needs = frozenset({"teacher_head", "teacher_dense"})
-    wishes = frozenset({"assigned"})
+    wishes = frozenset({"assigned", "teacher_boxes"})
 
     def __init__(
         self,
@@ -71,6 +71,9 @@ class CrossKD(DistillLoss):
                 f"but got {common['levels']}"
             )
         self.beta = beta
+        if boxes is not None:  # asked for by name, they must come
+            self.needs = self.needs | (frozenset({"teacher_boxes"}) if boxes else frozenset())
+            self.wishes = frozenset({"assigned"})
         usual = {"one-stage": {"classes": 1.0, "boxes": 1.0}}
         super().__init__({"classes": classes, "boxes": boxes}, usual, **common)
 
@@ -84,13 +87,14 @@ class CrossKD(DistillLoss):
         t = quiet(teacher.binary_logits(), counts)
         scores = t.sigmoid().amax(dim=2)
         weights = counts.to(c.dtype) / count_positives(self, counts, assigned, scores)
-        robust = self.row_weights(step, cross)
+        robust = self.location_weights(step, cross)
         if robust is not None:
             weights = weights * robust
         terms = {}
         if self.wants("classes"):
             terms["classes"] = (weights * disagreement_rows(c, t, beta=self.beta)).sum()
-        if self.wants("boxes"):
+        known = cross.boxes is not None and teacher.boxes is not None
+        if self.wants("boxes") and (known or self._given["boxes"] is not None):
             if cross.boxes is None or teacher.boxes is None:
                 raise ValueError(
                     "teacher_head, teacher_dense: CrossKD expected Dense.boxes of both, but got "

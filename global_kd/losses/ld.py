@@ -195,15 +195,13 @@ class LD(DistillLoss):
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         fields = {"bins": "a head without distributions has nothing for LD"}
-        if self.wants("vlr"):
-            fields["priors"] = "vlr=0 leaves the region out"
         if self.normalizer == "balanced":
             fields["boxes"] = "normalizer='constant' does without"
         student, teacher = both_heads(self, step, **fields)
         assert step.assigned is not None
         counts = rows_that_count(self, student, teacher, assigned=step.assigned)
         positive = counts & (step.assigned >= 0)
-        robust = self.row_weights(step, student)
+        robust = self.location_weights(step, student)
         weigh = torch.ones_like(positive, dtype=torch.float32) if robust is None else robust
         terms = {}
         if self.wants("main") or self.wants("vlr"):

@@ -261,9 +261,11 @@ def _scores(dense: Dense, label: Tensor, positive: Tensor) -> Tensor:
     column = label.clamp(max=0) if z.shape[2] == 1 else label
     own = z.gather(2, column[..., None])[..., 0]
     if dense.activation == "sigmoid":
-        return own.sigmoid()
+        p: Tensor = own.sigmoid()
+        return p
     log_p: Tensor = own - z.logsumexp(dim=2)
-    return log_p.exp()
+    chosen: Tensor = log_p.exp()
+    return chosen
 
 
 def _cells(rows: Tensor, grid: Grid) -> Tensor:

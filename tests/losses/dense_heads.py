@@ -107,7 +107,7 @@ def leaves(*heads: Dense) -> list[Tensor]:
 def row_weights(loss, targets, omega, dense: Dense) -> Tensor:
     """Those that a robust loss gives each location; tested in test_rows.py."""
     features = maps(grids=GRIDS)
-    return loss.row_weights(Step(features, features, (8.0, 16.0), targets, omega=omega), dense)
+    return loss.location_weights(Step(features, features, (8.0, 16.0), targets, omega=omega), dense)
 
 
 def finite(terms, *inputs) -> None:

@@ -12,7 +12,17 @@ from torch.nn import functional
 from global_kd.losses import BCKD
 from global_kd.losses.bckd import disagreement_rows
 from global_kd.ops.boxes import giou
-from tests.losses.heads import assigned, both, built, cast, finite, leaves, maps, row_weights, truth
+from tests.losses.dense_heads import (
+    assigned,
+    both,
+    built,
+    cast,
+    finite,
+    leaves,
+    maps,
+    row_weights,
+    truth,
+)
 from tests.ops.test_boxes import by_hand
 from tests.strategies import random
 from tests.watch import Graphs, NoFloat64, NoHostSync

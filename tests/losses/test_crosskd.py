@@ -13,7 +13,7 @@ from global_kd import Targets
 from global_kd.losses import CrossKD
 from global_kd.ops.boxes import giou
 from global_kd.step import Dense, Grid
-from tests.losses.heads import GRIDS, assigned, built, cast, finite, maps, row_weights, truth
+from tests.losses.dense_heads import GRIDS, assigned, built, cast, finite, maps, row_weights, truth
 from tests.ops.test_boxes import by_hand
 from tests.watch import Graphs, NoFloat64, NoHostSync
 
@@ -219,7 +219,10 @@ def test_what_is_missing_is_named():
     student, teacher, facts = scene()
     bare = replace(facts["teacher_dense"], boxes=None)
     with pytest.raises(ValueError, match=r"Dense.boxes of both.*boxes=0"):
-        built(CrossKD)(student, teacher, **facts | {"teacher_dense": bare})
+        built(CrossKD, boxes=1.0)(student, teacher, **facts | {"teacher_dense": bare})
+    # By default the boxes are left out where the head has none.
+    terms = built(CrossKD)(student, teacher, **facts | {"teacher_dense": bare})
+    assert list(terms) == ["kd_crosskd_classes"]
     terms = built(CrossKD, boxes=0)(student, teacher, **facts | {"teacher_dense": bare})
     assert list(terms) == ["kd_crosskd_classes"]
     with pytest.raises(ValueError, match="teacher_head: CrossKD expected"):

@@ -12,7 +12,7 @@ import global_kd.functional as F
 from global_kd.losses import PFI
 from global_kd.step import Grid
 from tests import oracles
-from tests.losses.heads import assigned, both, built, cast, finite, leaves, maps, truth
+from tests.losses.dense_heads import assigned, both, built, cast, finite, leaves, maps, truth
 from tests.strategies import random
 from tests.watch import Graphs, NoFloat64, NoHostSync
 

@@ -13,7 +13,7 @@ from global_kd.losses import SoftLabels
 from global_kd.losses.rows import both_heads, count_positives, rows_that_count
 from global_kd.step import Dense, Grid, Step
 from tests import oracles
-from tests.losses.heads import GRIDS, assigned, both, built, head, maps, truth
+from tests.losses.dense_heads import GRIDS, assigned, both, built, head, maps, truth
 from tests.strategies import random
 
 
@@ -27,7 +27,7 @@ def test_row_weights_are_those_of_the_cells():
     grids = (*GRIDS, Grid(32, 1, 2, 2))
     dense = head(grids=grids)
     loss = built(SoftLabels, robust=True)
-    weights = loss.row_weights(step(targets=targets, omega=omega), dense)
+    weights = loss.location_weights(step(targets=targets, omega=omega), dense)
     expected = []
     for image in range(2):
         for level, grid in enumerate(grids):
@@ -43,7 +43,7 @@ def test_row_weights_are_those_of_the_cells():
                     ]
                     expected += [max(on, default=1.0)] * grid.anchors
     assert weights.flatten().tolist() == pytest.approx(expected, rel=1e-6)
-    assert built(SoftLabels).row_weights(step(targets=targets), dense) is None
+    assert built(SoftLabels).location_weights(step(targets=targets), dense) is None
 
 
 @pytest.mark.parametrize("size", [(2, 3), (5, 6)])
@@ -52,7 +52,7 @@ def test_row_weights_where_a_grid_is_cut_or_larger(size):
     dense = head(grids=(Grid(8, *size, 1),), batch=2)
     loss = built(SoftLabels, robust=True)
     facts = {"targets": targets, "omega": torch.full((2, 1), 0.25)}
-    first, second = loss.row_weights(step(**facts), dense).view(2, *size)
+    first, second = loss.location_weights(step(**facts), dense).view(2, *size)
     expected = torch.ones(size)
     expected[:3, :4] = 0.25  # what the maps cover
     assert torch.equal(first, expected) and (second == 1).all()

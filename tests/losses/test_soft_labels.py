@@ -10,7 +10,7 @@ from global_kd import PrototypeBank, RobustDistillLoss
 from global_kd.losses import Levels, SoftLabels
 from global_kd.step import Positives
 from tests import oracles
-from tests.losses.heads import built, maps, truth
+from tests.losses.dense_heads import built, maps, truth
 from tests.strategies import random
 
 BOX = torch.tensor([0, 3, 3, 1, 2])
