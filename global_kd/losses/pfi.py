@@ -261,16 +261,14 @@ def _scores(dense: Dense, label: Tensor, positive: Tensor) -> Tensor:
     column = label.clamp(max=0) if z.shape[2] == 1 else label
     own = z.gather(2, column[..., None])[..., 0]
     if dense.activation == "sigmoid":
-        p: Tensor = own.sigmoid()
-        return p
-    log_p: Tensor = own - z.logsumexp(dim=2)
-    chosen: Tensor = log_p.exp()
-    return chosen
+        return own.sigmoid()
+    p: Tensor = (own - z.logsumexp(dim=2)).exp()
+    return p
 
 
 def _cells(rows: Tensor, grid: Grid) -> Tensor:
     """``(B, A K, H, W)`` of a level's rows ``(B, H W A, K)``."""
-    maps = rows.unflatten(1, (grid.height, grid.width, grid.anchors))
+    maps: Tensor = rows.unflatten(1, (grid.height, grid.width, grid.anchors))
     return maps.flatten(3).permute(0, 3, 1, 2)
 
 
