@@ -151,7 +151,7 @@ def refused(kd, bank, batches, message):
         kd.adopt(bank, batches, progress=False)
     for mine, kept in zip(kd.loss.bank.buffers(), before.buffers(), strict=True):
         assert torch.equal(mine, kept)
-    assert kd.loss.bank.get_extra_state() == before.get_extra_state()
+    assert kd.loss.bank.origin() == before.origin()
 
 
 def test_when_no_instance_is_found_the_loss_keeps_its_bank():

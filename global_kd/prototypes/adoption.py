@@ -25,7 +25,7 @@ class Adoption:
     def __init__(self, bank: PrototypeBank, own: PrototypeBank) -> None:
         slot = bank.valid.cumsum(dim=2) - 1  # its place in ``own``, which has no gaps
         taken = bank.valid & (slot < own.valid.shape[2])
-        self._own, self._origin = own, bank.get_extra_state()
+        self._own, self._origin = own, bank.origin()
         levels, labels, _ = taken.nonzero().to(own.valid.device).unbind(dim=1)
         self._at = levels, labels, slot[taken].to(own.valid.device)  # (P,) each
         # Copies, so that a bank may be its own successor.

@@ -1,7 +1,7 @@
 """What is kept of the prototypes: paired rows per level and class, and where they come from."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from .. import _check
 from .._version import __version__
 from ..ops.cosine import unit_rows
 from . import files
+from .plain import moved, text_of, text_tensor
 
 _ROWS = ("student", "teacher", "valid", "ids")
 _KIND, _FORMAT = "global_kd.PrototypeBank", 1  # of files; a new layout takes the next number
@@ -20,9 +21,10 @@ _NAMED = 10  # classes without prototypes that are listed by name
 class PrototypeBank(nn.Module):
     """Paired prototypes of every (level, class), and where they come from.
 
-    Buffers: moved by ``.to``, saved by ``state_dict``. All levels and classes have ``M`` slots, of
-    which ``valid`` are filled: shapes never change, and a class without prototypes is nothing
-    special.
+    Moved by ``.to``, saved by ``state_dict``; dtypes stay, whatever ``.half()`` says. They are no
+    buffers of the modules around the bank, since there is no average of two banks
+    (``AveragedModel``) and nothing to broadcast. All levels and classes have ``M`` slots, of which
+    ``valid`` are filled: shapes never change, and a class without prototypes is nothing special.
 
     :meth:`save` writes a bank to a file of its own, ``print`` shows what it holds, and
     :meth:`global_kd.Distiller.adopt` uses it for the next student of the same teacher.
@@ -87,10 +89,12 @@ class PrototypeBank(nn.Module):
             )
         _check.class_names(class_names, num_classes)
         slots = (num_levels, num_classes, num_prototypes)
-        self.register_buffer("student", torch.zeros(*slots, student_channels))
-        self.register_buffer("teacher", torch.zeros(*slots, teacher_channels))
-        self.register_buffer("valid", torch.zeros(slots, dtype=torch.bool))
-        self.register_buffer("ids", torch.full(slots, -1, dtype=torch.int64))
+        # Explicit: neither a default device nor a default dtype has a say.
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        self.student = torch.zeros(*slots, student_channels, **floats)
+        self.teacher = torch.zeros(*slots, teacher_channels, **floats)
+        self.valid = torch.zeros(slots, dtype=torch.bool, device="cpu")
+        self.ids = torch.full(slots, -1, dtype=torch.int64, device="cpu")
         self.strides = None if strides is None else tuple(float(x) for x in strides)
         self.class_names = None if class_names is None else tuple(class_names)
         self.teacher_fingerprint = teacher_fingerprint
@@ -141,7 +145,7 @@ class PrototypeBank(nn.Module):
             ImportError: ``.safetensors`` without the package.
         """
         rows = {name: getattr(self, name) for name in _ROWS}
-        files.write(path, rows, self.get_extra_state(), kind=_KIND, version=_FORMAT)
+        files.write(path, rows, self.origin(), kind=_KIND, version=_FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PrototypeBank":
@@ -172,8 +176,8 @@ class PrototypeBank(nn.Module):
             ) from error
         return bank
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Where the prototypes come from, for ``state_dict``: plain values."""
+    def origin(self) -> dict[str, Any]:
+        """Where the prototypes come from: plain values."""
         return {
             "strides": None if self.strides is None else [float(x) for x in self.strides],
             "class_names": None if self.class_names is None else list(self.class_names),
@@ -181,8 +185,13 @@ class PrototypeBank(nn.Module):
             "version": self.version,
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def get_extra_state(self) -> Tensor:
+        """:meth:`origin` for ``state_dict``: its JSON, uint8, of a size that does not change."""
+        return text_tensor(self.origin(), self.valid.shape[1])
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Take over where loaded prototypes come from."""
+        state = text_of(state)
         strides, names = state["strides"], state["class_names"]
         if strides is not None:
             self.strides = tuple(float(x) for x in strides)
@@ -191,8 +200,26 @@ class PrototypeBank(nn.Module):
         self.teacher_fingerprint = state["teacher_fingerprint"]
         self.version = state["version"]
 
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name in _ROWS:
+            yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeBank":
+        for name in _ROWS:
+            setattr(self, name, moved(fn, getattr(self, name)))
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _save_to_state_dict(  # type: ignore[no-untyped-def]
+        self, destination, prefix, keep_vars
+    ) -> None:
+        for name in _ROWS:
+            destination[prefix + name] = getattr(self, name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *args
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args
     ) -> None:
         for name in _ROWS:
             saved, mine = state_dict.get(prefix + name), getattr(self, name)
@@ -205,14 +232,19 @@ class PrototypeBank(nn.Module):
                 )
         key = prefix + "_extra_state"
         if key in state_dict:
-            refuse_other(self.get_extra_state(), state_dict[key], prefix)
+            refuse_other(self.origin(), text_of(state_dict[key]), prefix)
         elif prefix + "valid" in state_dict:  # saved before banks knew where they come from
             self.teacher_fingerprint = None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *args
-        )
-        if key in missing_keys:
-            missing_keys.remove(key)
+        for name in _ROWS:
+            if prefix + name not in state_dict:
+                missing_keys.append(prefix + name)
+            else:
+                with torch.no_grad():
+                    getattr(self, name).copy_(state_dict[prefix + name])
+        if key in state_dict:
+            self.set_extra_state(state_dict[key])
+        known = {prefix + name for name in (*_ROWS, "_extra_state")}
+        unexpected_keys += [x for x in state_dict if x.startswith(prefix) and x not in known]
 
     def extra_repr(self) -> str:
         levels, classes, slots = self.valid.shape
@@ -264,7 +296,7 @@ def refuse_other(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
     """Raise ``ValueError`` where both know their strides or class names, and they differ.
 
     Args:
-        mine: :meth:`PrototypeBank.get_extra_state` of the bank in use.
+        mine: :meth:`PrototypeBank.origin` of the bank in use.
         theirs: That of the one to be taken over.
         prefix: What the message begins with.
     """

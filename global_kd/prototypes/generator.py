@@ -1,6 +1,6 @@
 """Prototype generation module (PGM): collects instances as they pass and makes prototypes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from ..ranks import Ranks
 from ..targets import Targets
 from .bank import PrototypeBank
 from .keys import NEVER, digest, keys_of
+from .plain import device_after, packed, unpacked
 from .select import density_candidates, select_prototypes
 
 _MIN_PENDING = 4096  # rows that may wait before the sample is cut back
@@ -30,6 +31,14 @@ class _Rows(NamedTuple):
 
     def take(self, index: Tensor) -> "_Rows":
         return _Rows(*(x[index] for x in self))
+
+
+def _no_rows(shape: Sequence[int]) -> _Rows:
+    """Of (levels, student channels, teacher channels)."""
+    levels, *channels = shape
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
+    tables = (torch.zeros(0, levels, c, dtype=torch.float32, device="cpu") for c in channels)
+    return _Rows(*tables, none, none, none, none, none)
 
 
 class PrototypeGenerator(nn.Module):
@@ -112,6 +121,8 @@ class PrototypeGenerator(nn.Module):
         self.seed = seed
         self.distributed = distributed
         self.turn = self._calls = 0
+        self.pass_turn = -1  # that of the passes over a loader, once there was one
+        self._expected: tuple[int, int, int] | None = None
         self._parts: list[_Rows] = []
         self._kept = self._pending = 0
 
@@ -195,15 +206,13 @@ class PrototypeGenerator(nn.Module):
     def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the instances kept on this rank: teacher rows ``(R, L, Ct)``, labels, ids, keys."""
         rows = self._cut()
-        if rows is None:
-            whole = torch.zeros(0, dtype=torch.int64)
-            return torch.zeros(0, 1, 1), whole, whole, whole
+        rows = _no_rows((1, 1, 1)) if rows is None else rows
         return rows.teacher, rows.labels, rows.ids, rows.keys
 
     def limits(self, labels: Tensor, key: Tensor) -> Tensor:
         """Largest key of each class that a full sample kept, int64 ``(K,)``; else any but never."""
         counts = torch.bincount(labels, minlength=self.num_classes)
-        largest = torch.zeros(self.num_classes, dtype=torch.int64)
+        largest = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
         largest.scatter_reduce_(0, labels, key, "amax")
         return torch.where(counts >= self.max_instances, largest, NEVER - 1)
 
@@ -242,7 +251,7 @@ class PrototypeGenerator(nn.Module):
         """Instances of each class kept on this rank, int64 ``(K,)``."""
         rows = self._cut()
         if rows is None:
-            return torch.zeros(self.num_classes, dtype=torch.int64)
+            return torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
         return torch.bincount(rows.labels, minlength=self.num_classes)
 
     def reset(self, turn: int | None = None) -> None:
@@ -345,18 +354,12 @@ class PrototypeGenerator(nn.Module):
         if ranks.size == 1 or not shapes:
             return rows
         if rows is None:
-            levels, student_channels, teacher_channels = shapes.pop()
-            none = torch.zeros(0, dtype=torch.int64, device=ranks.device)
-            rows = _Rows(
-                torch.zeros(0, levels, student_channels, device=ranks.device),
-                torch.zeros(0, levels, teacher_channels, device=ranks.device),
-                *(none, none, none, none, none),
-            )
+            rows = _Rows(*(x.to(ranks.device) for x in _no_rows(shapes.pop())))
         # The largest classes first, so that no rank gets many of them.
-        totals = torch.tensor([counts for _, _, counts in told]).sum(dim=0)
-        owners = torch.zeros(self.num_classes, dtype=torch.int64)
+        totals = torch.tensor([counts for _, _, counts in told], device="cpu").sum(dim=0)
+        owners = torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
         owners[totals.argsort(descending=True, stable=True)] = (
-            torch.arange(self.num_classes) % ranks.size if owner is None else owner
+            torch.arange(self.num_classes, device="cpu") % ranks.size if owner is None else owner
         )
         to = owners.to(rows.labels.device)[rows.labels]
         order = to.argsort(stable=True)
@@ -383,19 +386,33 @@ class PrototypeGenerator(nn.Module):
         self._parts = [] if rows is None else [rows]
         self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The sample of this rank, for ``state_dict``; see :meth:`gather`."""
-        rows = self._cut()
-        return {
-            "rows": {} if rows is None else dict(zip(_Rows._fields, rows, strict=True)),
-            "seed": self.seed,
-            "turn": self.turn,
-            "calls": self._calls,
-        }
+    def expect(self, levels: int, student_channels: int, teacher_channels: int) -> None:
+        """Give the state one size from the start, that of a full sample.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        ``torch.distributed.checkpoint`` cannot read a state that is larger than that of the module
+        it is read for. Costs ``num_classes * max_instances`` rows in every checkpoint; without
+        this a checkpoint holds the rows there are.
+        """
+        self._expected = levels, student_channels, teacher_channels
+
+    def get_extra_state(self) -> Tensor:
+        """The sample of this rank, for ``state_dict``; see :meth:`gather`. uint8 ``(N,)``."""
+        rows = self._cut()
+        shape = self._expected or (0, 0, 0)
+        if rows is not None:
+            shape = (*rows.student.shape[1:], rows.teacher.shape[2])
+        counters = (self.seed, self.turn, self._calls, self.pass_turn)
+        capacity = self.num_classes * self.max_instances if self._expected else 0
+        return packed((*counters, *shape), rows or (), capacity, _no_rows(shape))
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`get_extra_state` was taken."""
-        rows = _Rows(**state["rows"]) if state["rows"] else None
+        if isinstance(state, Tensor):
+            counters, tables = unpacked(state, 7, lambda header: _no_rows(header[4:]))
+            rows = _Rows(*tables) if len(tables[2]) else None
+        else:  # as states were before
+            rows = _Rows(**state["rows"]) if state["rows"] else None
+            counters = [int(state[x]) for x in ("seed", "turn", "calls")] + [-1]
         if rows is not None and len(rows.labels) and int(rows.labels.max()) >= self.num_classes:
             raise ValueError(
                 f"state_dict: expected labels below {self.num_classes}, but the saved sample "
@@ -403,15 +420,12 @@ class PrototypeGenerator(nn.Module):
             )
         self._parts = [] if rows is None else [rows]
         self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
-        self.seed, self.turn, self._calls = (int(state[x]) for x in ("seed", "turn", "calls"))
+        self.seed, self.turn, self._calls, self.pass_turn = counters[:4]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeGenerator":
         """Rows follow ``.to(device)``; their dtypes stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._parts = [
-            _Rows(*(x.to(fn(torch.empty(0, device=x.device)).device) for x in rows))
-            for rows in self._parts
-        ]
+        self._parts = [_Rows(*(x.to(device_after(fn, x)) for x in rows)) for rows in self._parts]
         return self
 
     def extra_repr(self) -> str:

@@ -145,7 +145,7 @@ class Passes:
         own = self.bank
         if not isinstance(bank, PrototypeBank):
             raise TypeError(f"bank: expected a PrototypeBank, but got {type(bank).__name__}")
-        mine, theirs = own.get_extra_state(), bank.get_extra_state()
+        mine, theirs = own.origin(), bank.origin()
         for name, expected, came in (
             ("teacher", signature, bank.teacher_fingerprint),
             ("strides", mine["strides"], theirs["strides"]),

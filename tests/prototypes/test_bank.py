@@ -165,7 +165,7 @@ def test_a_later_format_is_refused(tmp_path, suffix):
 )
 def test_a_bank_that_does_not_fit_together_is_refused(tmp_path, change, message):
     bank, path = filled(), tmp_path / "bank.pt"
-    rows, metadata = dict(bank.named_buffers()), bank.get_extra_state()
+    rows, metadata = dict(bank.named_buffers()), bank.origin()
     for name, value in change.items():
         (metadata if name in metadata else rows)[name] = value
     rows = {name: x for name, x in rows.items() if x is not None}
