@@ -370,10 +370,13 @@ class DistillLoss(nn.Module):
         mine = levels.at(self._selected)
         self._resolve_weights(mine)
         self.adapters = nn.ModuleList()
-        if self.adapts:
-            channels = mine.student_channels, mine.teacher_channels
-            self.adapters = build_adapters(self.adapter, *channels, self.seed)
-        self.make(mine)
+        # On the processor whatever the default device is: a GPU's generator has no seed of ours,
+        # and drawing from it would move the student's own randomness.
+        with torch.device("cpu"):
+            if self.adapts:
+                channels = mine.student_channels, mine.teacher_channels
+                self.adapters = build_adapters(self.adapter, *channels, self.seed)
+            self.make(mine)
 
     def _resolve_weights(self, levels: Levels) -> None:
         family = self._family or levels.family or "one-stage"
@@ -560,7 +563,8 @@ class DistillLoss(nn.Module):
         numbers |= {f"term/{name}": x for name, x in values.items()}
         numbers |= {f"schedule/{name}": factor for name, (_, factor) in self._last.items()}
         if detection_loss is not None:
-            detection = torch.as_tensor(detection_loss).detach().item()
+            given = detection_loss
+            detection = given.item() if isinstance(given, Tensor) else float(given)
             numbers |= {
                 f"share/{name}": x / detection if detection else math.nan
                 for name, x in values.items()
@@ -576,7 +580,7 @@ class DistillLoss(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The step and the calibrated weights (-1: none), for ``state_dict``."""
         weights = [self._calibrated.get(part, -1.0) for part in self.parts]
-        return torch.tensor([float(self.step), *weights], dtype=torch.float64)
+        return torch.tensor([float(self.step), *weights], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continue at the saved step, with the calibrated weights."""

@@ -11,12 +11,16 @@ from .. import _check
 from ..instances import pool_levels
 from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
+from ..prototypes.plain import moved
 from ..ranks import Ranks
 from ..schedules import Schedule
 from ..step import Step
 from ..targets import Targets
 from .base import DistillLoss, Levels
 from .robust_distill import RobustDistillLoss
+
+_RELEASED_SIDE = 30.0  # pixels, where the finest level has stride 8
+_NAMED = 10  # classes without prototypes that are listed by name
 
 
 class GlobalKnowledgeLoss(DistillLoss):
@@ -45,7 +49,9 @@ class GlobalKnowledgeLoss(DistillLoss):
         num_prototypes: Per level and class, see :class:`global_kd.PrototypeGenerator` for this and
             the next four.
         alpha: Agreement of the two spaces in the pursuit.
-        min_side: Smallest instance side, pixels of the network input.
+        min_side: Smallest instance side, pixels of the network input. ``None``: 3.75 cells of the
+            finest level, which is 30 pixels at stride 8; the released code takes 30 pixels of the
+            original image.
         max_instances: Sample per class.
         seed: Of the sample and of the adapters' initial values.
         distributed: Under ``torch.distributed``, make prototypes from the instances of all ranks
@@ -103,7 +109,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         refresh_every: int | None = 1000,
         num_prototypes: int = 10,
         alpha: float = 10.0,
-        min_side: float = 30.0,
+        min_side: float | None = None,
         max_instances: int = 800,
         seed: int = 0,
         distributed: bool = True,
@@ -136,14 +142,22 @@ class GlobalKnowledgeLoss(DistillLoss):
             num_classes,
             num_prototypes,
             alpha=alpha,
-            min_side=min_side,
+            min_side=_RELEASED_SIDE if min_side is None else min_side,
             max_instances=max_instances,
             seed=seed,
             distributed=distributed,
         )
         _check.class_names(class_names, num_classes)
+        if refresh_every and total_steps and refresh_every >= total_steps and probe.uses_prototypes:
+            warnings.warn(
+                f"refresh_every: expected less than total_steps={total_steps}, but got "
+                f"{refresh_every}: no prototypes come from the training stream, so omega stays 1 "
+                "and kd_relation 0; pass refresh_every=len(loader), or None and call "
+                "kd.refresh(loader) before the first epoch",
+                stacklevel=2,
+            )
         self._class_names = class_names
-        self._rdm_options = rdm
+        self._rdm_options, self._min_side = rdm, min_side
         if given[0] is not None:
             self.build(Levels(*map(tuple, given)))  # type: ignore[arg-type]
 
@@ -170,8 +184,22 @@ class GlobalKnowledgeLoss(DistillLoss):
         )
         # Sum and number of omegas by level and label since the last telemetry(). The outer columns
         # take labels outside [0, K), which nobody checks on an accelerator.
-        tally = torch.zeros(2, len(levels.strides), self.generator.num_classes + 2)
-        self.register_buffer("_omega", tally, persistent=False)
+        # No buffer: float32 whatever `.to` says, since a count in bfloat16 ends at 256.
+        shape = (2, len(levels.strides), self.generator.num_classes + 2)
+        self._omega = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        if self._min_side is None:
+            self.generator.min_side = _RELEASED_SIDE / 8 * levels.strides[0]
+        if self.refresh_every is not None:
+            self._expect(levels)
+
+    def _expect(self, levels: Levels) -> None:
+        channels = max(levels.student_channels), max(levels.teacher_channels)
+        self.generator.expect(len(levels.strides), *channels)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GlobalKnowledgeLoss":
+        if self.built:
+            self._omega = moved(fn, self._omega)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         assert step.targets is not None
@@ -292,16 +320,39 @@ class GlobalKnowledgeLoss(DistillLoss):
         self._require_built()
         bank = self.generator.generate_if_any()
         if bank is not None:
+            first = not self.bank.valid.any()
             self.bank.update(bank)
-            if not self.bank.valid.any():
-                warnings.warn(
-                    "GlobalKnowledgeLoss: no prototypes, so omega stays 1 and kd_relation 0: of "
-                    "the instances seen so far none is larger than "
-                    f"min_side={self.generator.min_side:g} pixels both ways; pass a smaller "
-                    "min_side",
-                    stacklevel=2,
-                )
+            if first and (missing := self._without_prototypes()):
+                warnings.warn(f"GlobalKnowledgeLoss: {missing}", stacklevel=2)
+            self.generator.watching &= not self.bank.valid.any()
         self.generator.reset()
+
+    def _without_prototypes(self) -> str | None:
+        """Of which classes that were seen there are none, and why."""
+        least, filled = self.generator.min_side, self.bank.counts().sum(dim=0).tolist()
+        small = f"larger than min_side={least:g} pixels both ways; pass a smaller min_side"
+        if not any(filled):
+            return (
+                "no prototypes, so omega stays 1 and kd_relation 0: of the instances seen so far "
+                f"none is {small}"
+            )
+        names = self.bank.class_names or [str(label) for label in range(len(filled))]
+        seen, largest = (x.tolist() for x in self.generator.offered())
+        lost = [k for k, n in enumerate(seen) if n and not filled[k]]
+        if not lost:
+            return None
+        told = [
+            f"{names[k]} ({int(seen[k])} seen, "
+            + (f"the largest {largest[k]:.3g} pixels)" if largest[k] <= least else "not finite)")
+            for k in lost[:_NAMED]
+        ]
+        more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+        unseen = sum(not n for n in seen)
+        return (
+            f"no prototypes of {len(lost)} classes, whose omega stays 1: {', '.join(told)}{more}; "
+            f"instances must be {small}"
+            + (f". {unseen} of {len(seen)} classes were not seen so far" if unseen else "")
+        )
 
     @torch.no_grad()
     def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
@@ -346,7 +397,8 @@ class GlobalKnowledgeLoss(DistillLoss):
             (1.0, 1.0, 0.0, 1.0)
         """
         numbers = super().telemetry(detection_loss)
-        total, count = self._omega[:, :, 1:-1].cpu().double()
+        # A copy: on the processor the conversion alone may be a view of what is cleared now.
+        total, count = self._omega[:, :, 1:-1].cpu().to(torch.float64, copy=True)
         self._omega.zero_()
         strides = [f"stride_{stride:g}" for stride in self.rdm.strides]
         classes = [f"class_{label}" for label in range(self.generator.num_classes)]

@@ -167,7 +167,7 @@ def _planes(student: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, T
     """A few channels of one image at a time: image, channels, and room for them ``(c, H, W)``."""
     batch, channels, height, width = student.shape
     step = max(1, min(-(-channels // 8), _CHUNK // max(1, height * width)))
-    buffer = torch.empty(step, height, width, dtype=dtype)
+    buffer = torch.empty(step, height, width, dtype=dtype, device="cpu")
     for b in range(batch):
         for c in range(0, channels, step):
             planes = slice(c, min(c + step, channels))

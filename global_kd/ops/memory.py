@@ -16,7 +16,7 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     The first touch of a fresh page costs more than all work on it: a map of 137 MB copied into
     fresh memory took 77 ms in pages of 4 KiB, 24 ms in huge ones, 17 ms into memory in use.
     """
-    x = torch.empty(shape, dtype=dtype)
+    x = torch.empty(shape, dtype=dtype, device="cpu")
     if x.nbytes >= _LARGE and sys.platform == "linux":
         start = -(-x.data_ptr() // 4096) * 4096
         length = x.data_ptr() + x.nbytes - start

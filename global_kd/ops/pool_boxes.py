@@ -73,7 +73,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(cells, image_index)
         ctx.features = features.shape, features.dtype
         dtype = torch.promote_types(features.dtype, torch.float32)
-        pooled = torch.zeros(len(cells), features.shape[1], dtype=dtype)
+        pooled = torch.zeros(len(cells), features.shape[1], dtype=dtype, device=features.device)
         with torch.autocast("cpu", enabled=False):
             for b, mine, rows, columns in _shares(cells, image_index, features.shape, dtype):
                 stripes = rows @ features[b].to(dtype)  # (C, r, W)

@@ -21,8 +21,8 @@ _NAMED = 10  # classes without prototypes that are listed by name
 class PrototypeBank(nn.Module):
     """Paired prototypes of every (level, class), and where they come from.
 
-    Moved by ``.to``, saved by ``state_dict``; dtypes stay, whatever ``.half()`` says. They are no
-    buffers of the modules around the bank, since there is no average of two banks
+    Moved by ``.to``, saved by ``state_dict``, never narrower than float32, whatever ``.half()``
+    says. They are no buffers of the modules around the bank, since there is no average of two banks
     (``AveragedModel``) and nothing to broadcast. All levels and classes have ``M`` slots, of which
     ``valid`` are filled: shapes never change, and a class without prototypes is nothing special.
 
@@ -208,7 +208,8 @@ class PrototypeBank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeBank":
         for name in _ROWS:
-            setattr(self, name, moved(fn, getattr(self, name)))
+            x = getattr(self, name)
+            setattr(self, name, moved(fn, x, widen=x.is_floating_point()))
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def _save_to_state_dict(  # type: ignore[no-untyped-def]

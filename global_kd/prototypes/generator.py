@@ -37,8 +37,10 @@ def _no_rows(shape: Sequence[int]) -> _Rows:
     """Of (levels, student channels, teacher channels)."""
     levels, *channels = shape
     none = torch.zeros(0, dtype=torch.int64, device="cpu")
-    tables = (torch.zeros(0, levels, c, dtype=torch.float32, device="cpu") for c in channels)
-    return _Rows(*tables, none, none, none, none, none)
+    student, teacher = (
+        torch.zeros(0, levels, c, dtype=torch.float32, device="cpu") for c in channels
+    )
+    return _Rows(student, teacher, none, none, none, none, none)
 
 
 class PrototypeGenerator(nn.Module):
@@ -123,6 +125,8 @@ class PrototypeGenerator(nn.Module):
         self.turn = self._calls = 0
         self.pass_turn = -1  # that of the passes over a loader, once there was one
         self._expected: tuple[int, int, int] | None = None
+        self.watching = True  # whether add() counts what it is offered
+        self._offers: Tensor | None = None
         self._parts: list[_Rows] = []
         self._kept = self._pending = 0
 
@@ -154,6 +158,8 @@ class PrototypeGenerator(nn.Module):
         self._calls += 1
         if len(targets) == 0:
             return
+        if self.watching:
+            self._watch(targets)
         if self._parts and self._parts[0].student.device != student.device:
             # Rows of a checkpoint lie where it was loaded to.
             self._parts = [_Rows(*(x.to(student.device) for x in rows)) for rows in self._parts]
@@ -174,6 +180,28 @@ class PrototypeGenerator(nn.Module):
         self._pending += len(targets)
         if self._pending > max(_MIN_PENDING, self._kept // 4):
             self._cut()
+
+    def _watch(self, targets: Targets) -> None:
+        """Count the boxes and keep the largest of each class; makes no device wait."""
+        sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).amin(dim=1).float()
+        if self._offers is None:
+            # The outer columns take labels outside [0, K), which nobody checks on an accelerator.
+            self._offers = sides.new_zeros(2, self.num_classes + 2)
+        self._offers = self._offers.to(sides.device)
+        column = targets.labels.clamp(-1, self.num_classes) + 1
+        self._offers[0].index_add_(0, column, torch.ones_like(sides))
+        self._offers[1].scatter_reduce_(0, column, sides, "amax")
+
+    def offered(self) -> tuple[Tensor, Tensor]:
+        """Since the last reset, of each class: boxes seen, and the shorter side of the largest.
+
+        On this rank, float32 ``(K,)`` each, whether they entered the sample or not.
+        """
+        if self._offers is None:
+            seen, largest = torch.zeros(2, self.num_classes, device="cpu")
+        else:
+            seen, largest = self._offers[:, 1:-1].cpu()
+        return seen, largest
 
     def add_features(
         self,
@@ -257,6 +285,7 @@ class PrototypeGenerator(nn.Module):
     def reset(self, turn: int | None = None) -> None:
         """Forget the rows; the next sample is another one, or that of an earlier ``turn``."""
         self._parts, self._kept, self._pending, self._calls = [], 0, 0, 0
+        self._offers = None
         self.turn = self.turn + 1 if turn is None else turn
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from ..targets import Targets
 from .adoption import Adoption
 from .bank import PrototypeBank, refuse_other
 from .generator import PrototypeGenerator
-from .teacher_rows import TeacherRows
+from .teacher_rows import Sights, TeacherRows, network_input, sight_of
 
 
 class Observation(Protocol):
@@ -59,13 +59,19 @@ class Passes:
     ) -> None:
         """See :meth:`global_kd.Distiller.refresh`."""
         generator, kept = self.generator, self._kept
-        if kept is not None and kept.signature != signature:
+        # Every pass takes one sample, in a run that was resumed between two of them, too.
+        generator.reset(None if generator.pass_turn < 0 else generator.pass_turn)
+        if kept is not None and not kept.fits(signature, generator):
             kept = None
-        generator.reset(None if kept is None else kept.turn)
-        compared, device = False, self.bank.student.device
-        for batch in _with_progress(loader) if progress else loader:
+        compared, told, device = False, False, self.bank.student.device
+        sights = Sights()
+        for number, batch in enumerate(_with_progress(loader) if progress else loader):
             seen = observe(*batch_arguments(batch, device))
-            rows = kept.of(seen.truth, generator) if kept is not None else None
+            sight = sight_of(seen.truth, network_input(seen))
+            sights.add(seen.truth.ids, sight)
+            rows, otherwise = None, False
+            if kept is not None:
+                rows, otherwise = kept.of(seen.truth, sight, generator)
             if rows is not None and compared:
                 mine = pool_levels(seen.student, seen.truth, self.strides)
                 generator.add(mine, rows, seen.truth)
@@ -74,15 +80,19 @@ class Passes:
             if rows is not None and rows.isfinite().any():
                 compared = True
                 if not _alike(rows, theirs):
-                    kept = None
-                    warnings.warn(
-                        "refresh: the teacher sees the first batch otherwise than in the last "
-                        "pass, so its rows of that pass are not used; a loader without random "
-                        "augmentation saves the teacher's work",
-                        stacklevel=3,
-                    )
+                    kept, otherwise = None, True
+            if otherwise and not told:
+                told = True
+                which = f"batch {number}" if number else "the first batch"
+                warnings.warn(
+                    f"refresh: the teacher sees {which} otherwise than in the last pass, so its "
+                    "rows of that pass are not used there; a loader without random augmentation "
+                    "saves the teacher's work",
+                    stacklevel=3,
+                )
             generator.add(mine, theirs, seen.truth)
-        self._kept = TeacherRows(generator, signature)
+        self._kept = TeacherRows(generator, signature, sights)
+        generator.pass_turn = generator.turn
         if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
             self.bank.clear()
             self.bank.teacher_fingerprint = signature

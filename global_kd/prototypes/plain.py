@@ -108,10 +108,21 @@ def device_after(fn: Callable[[Tensor], Tensor], x: Tensor) -> torch.device:
     return fn(torch.empty(0, dtype=x.dtype, device=x.device)).device
 
 
-def moved(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A tensor where ``module._apply(fn)`` puts it, in the dtype that it has."""
-    device = device_after(fn, x)
-    if device == x.device:
-        return x
+def moved(fn: Callable[[Tensor], Tensor], x: Tensor, *, widen: bool = False) -> Tensor:
+    """A tensor where ``module._apply(fn)`` puts it, in the dtype that it has.
+
+    Args:
+        fn: What ``.to``, ``.half`` and their kin hand on.
+        x: Of the module.
+        widen: Let it become float64; never anything narrower than float32.
+    """
+    told = fn(torch.empty(0, dtype=x.dtype, device=x.device))
+    dtype = torch.promote_types(told.dtype, torch.float32) if widen else x.dtype
+    if told.device == x.device:
+        return x.to(dtype)
     # Nothing can be copied out of a tensor without storage: `module.to_empty(device=...)`.
-    return torch.zeros_like(x, device=device) if x.is_meta else x.to(device)
+    return (
+        torch.zeros_like(x, dtype=dtype, device=told.device)
+        if x.is_meta
+        else x.to(told.device, dtype)
+    )

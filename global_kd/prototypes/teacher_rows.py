@@ -3,8 +3,59 @@
 import torch
 from torch import Tensor
 
+from ..instances import pool_levels
 from ..targets import Targets
 from .generator import PrototypeGenerator
+
+_TOLERANCE = 1e-3  # of rounding: in pixels, and of the largest value
+
+
+class Sights:
+    """What each instance of a pass looked like: its box, and the colours in it.
+
+    A few numbers that tell a flip, a crop, another scale or other colours from the same image.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, ids: Tensor | None, rows: Tensor) -> None:
+        """Remember rows ``(R, F)`` of instances."""
+        if ids is not None:
+            self._ids.append(ids.cpu())
+            self._rows.append(rows.cpu())
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Rows of these instances, as they were seen last; not a number where never."""
+        known = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *self._ids])
+        if not len(known):
+            return torch.full((len(ids), 0), torch.nan, device="cpu")
+        order = known.argsort(stable=True)
+        place = torch.searchsorted(known[order], ids, right=True) - 1
+        at = order[place.clamp(min=0)]
+        rows = torch.cat(self._rows)[at]
+        return torch.where((known[at] == ids)[:, None], rows, torch.nan)
+
+
+def sight_of(targets: Targets, images: Tensor | None) -> Tensor:
+    """One row ``(R, F)`` a box: where it lies, and the mean colours of it and of two halves.
+
+    Args:
+        targets: The boxes.
+        images: The network input ``(B, C, H, W)``, if known.
+    """
+    boxes = targets.boxes.float()
+    if images is None:
+        return boxes
+    # The halves tell what is mirrored within a box that stays where it is.
+    left, upper = boxes.clone(), boxes.clone()
+    left[:, 2] = boxes[:, 0::2].mean(dim=1)
+    upper[:, 3] = boxes[:, 1::2].mean(dim=1)
+    parts = torch.cat([boxes, left, upper])
+    index = targets.image_index.repeat(3)
+    (colours,) = pool_levels([images.float()], Targets(parts, index, index), (1.0,))
+    return torch.cat([boxes, *colours.split(len(boxes))], dim=1)
 
 
 class TeacherRows:
@@ -16,33 +67,60 @@ class TeacherRows:
     Args:
         generator: After the pass, before its reset.
         signature: Of the teacher that made the rows.
+        sights: Of the pass.
     """
 
-    def __init__(self, generator: PrototypeGenerator, signature: str) -> None:
-        self.signature, self.turn = signature, generator.turn
+    def __init__(self, generator: PrototypeGenerator, signature: str, sights: Sights) -> None:
+        self._made = signature, generator.turn, generator.seed
         teacher, labels, ids, keys = (x.cpu() for x in generator.sample())
         self._limits = generator.limits(labels, keys)
         known = ids >= 0
         order = ids[known].argsort()
         self._ids, self._rows = ids[known][order], teacher[known][order]
+        self._sights = sights.of(self._ids)
 
     def __len__(self) -> int:
         """Number of instances with an id."""
         return len(self._ids)
 
-    def of(self, targets: Targets, generator: PrototypeGenerator) -> Tensor | None:
+    def fits(self, signature: str, generator: PrototypeGenerator) -> bool:
+        """Whether they are rows of this teacher, of the sample to come."""
+        return self._made == (signature, generator.turn, generator.seed)
+
+    def of(
+        self, targets: Targets, sights: Tensor, generator: PrototypeGenerator
+    ) -> tuple[Tensor | None, bool]:
         """Rows ``(L, R, Ct)``; not a number where the sample has no use for a box.
 
-        ``None``: the sample may want a box whose row is not here, so the teacher has to look.
+        Returns:
+            ``None`` in place of the rows: the sample may want a box whose row is not here, or which
+            looks otherwise now, so the teacher has to look. And whether some look otherwise.
         """
         if targets.ids is None or len(self) == 0:
-            return None
+            return None, False
         ids, labels = targets.ids.cpu(), targets.labels.cpu()
         place = torch.searchsorted(self._ids, ids).clamp(max=len(self) - 1)
         found = self._ids[place] == ids
         wanted = generator.keys(targets).cpu() <= self._limits[labels]
-        if (wanted & ~found).any():
-            return None
-        rows = torch.full((len(ids), *self._rows.shape[1:]), torch.nan)
+        otherwise = bool((found & ~self._alike(place, sights.cpu())).any())
+        if otherwise or (wanted & ~found).any():
+            return None, otherwise
+        rows = torch.full((len(ids), *self._rows.shape[1:]), torch.nan, device="cpu")
         rows[found] = self._rows[place[found]]
-        return rows.transpose(0, 1).to(targets.boxes.device)
+        return rows.transpose(0, 1).to(targets.boxes.device), False
+
+    def _alike(self, place: Tensor, sights: Tensor) -> Tensor:
+        """Which boxes look as they did, up to rounding."""
+        before = self._sights
+        if sights.shape[1] != before.shape[1]:
+            return torch.zeros_like(place, dtype=torch.bool)
+        scale = before.abs().nan_to_num(0.0, 0.0).amax(dim=0).clamp(min=1e-6)
+        scale[:4] = 1  # boxes, in pixels
+        gap = (sights - before[place]).abs().nan_to_num(0.0, torch.inf)  # a row of NaN is not told
+        return (gap <= _TOLERANCE * scale).all(dim=1)
+
+
+def network_input(seen: object) -> Tensor | None:
+    """What the student's network was given, of an observation that tells."""
+    images = getattr(seen, "images", None)
+    return images if isinstance(images, Tensor) and images.dim() == 4 else None

@@ -287,13 +287,13 @@ def test_what_does_not_fit_is_named():
 
 
 def test_training_beyond_total_steps_is_told_once():
-    loss = make(total_steps=2)
+    loss = make(total_steps=2, refresh_every=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(*batch(0)), loss(*batch(1))
         with pytest.raises(UserWarning, match="after total_steps=2 .* kd_foreground, kd_back.* 0"):
             loss(*batch(2))
-        make(total_steps=1, schedule=Schedule("constant"))(*batch(0))
+        make(total_steps=1, refresh_every=None, schedule=Schedule("constant"))(*batch(0))
     with pytest.warns(UserWarning) as told:
         for step in range(3):
             loss(*batch(step))
@@ -328,3 +328,69 @@ def test_a_refresh_that_finds_only_small_instances_says_so():
     with pytest.warns(UserWarning, match="none is larger than min_side=40 pixels"):
         for step in range(4):
             loss(*batch(step))
+
+
+LEVELS = {"student_channels": [4], "teacher_channels": [4]}
+
+
+@pytest.mark.parametrize(("stride", "side"), [(4, 15.0), (8, 30.0), (16, 60.0)])
+def test_the_smallest_side_follows_the_finest_stride(stride, side):
+    loss = GlobalKnowledgeLoss(3, strides=[stride], total_steps=9000, **LEVELS)
+    assert loss.generator.min_side == side and isinstance(loss.generator.min_side, float)
+    given = GlobalKnowledgeLoss(3, strides=[stride], total_steps=9000, min_side=30, **LEVELS)
+    assert given.generator.min_side == 30
+
+
+def seen_once(loss, sides, labels):
+    sides = torch.tensor(sides)
+    boxes = torch.stack([0 * sides, 0 * sides, sides, sides + 5], dim=1)
+    maps = [torch.rand(1, 4, 12, 12, generator=torch.Generator().manual_seed(0))]
+    loss(maps, maps, Targets(boxes, torch.tensor(labels), torch.zeros(len(labels)).long()))
+
+
+def test_the_first_refresh_names_classes_without_prototypes_and_why():
+    names = ["none", "platelet", "cell", "white"]
+    loss = GlobalKnowledgeLoss(
+        4,
+        strides=[8],
+        total_steps=9000,
+        refresh_every=1,
+        class_names=names,
+        schedule=Schedule("constant"),
+        **LEVELS,
+    )
+    seen_once(loss, [12.0, 25.0, 28.0, 60.0], [1, 1, 2, 3])
+    with pytest.warns(UserWarning) as told:
+        seen_once(loss, [12.0, 25.0, 60.0], [1, 1, 3])
+    (text,) = (str(x.message) for x in told)
+    assert "no prototypes of 2 classes" in text and "1 of 4 classes were not seen" in text
+    assert "platelet (2 seen, the largest 25 pixels), cell (1 seen, the largest 28" in text
+    assert "larger than min_side=30 pixels both ways" in text and "white" not in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        seen_once(loss, [12.0, 25.0, 60.0], [1, 1, 3])
+        seen_once(loss, [12.0, 25.0, 60.0], [1, 1, 3])
+
+
+def test_classes_that_never_came_are_no_reason_for_a_warning():
+    """As the background of torchvision."""
+    loss = GlobalKnowledgeLoss(
+        9, strides=[8], total_steps=9000, refresh_every=1, schedule=Schedule("constant"), **LEVELS
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            seen_once(loss, [40.0], [3])
+
+
+@pytest.mark.parametrize(("every", "steps", "told"), [(9, 9, True), (10, 9, True), (8, 9, False)])
+def test_a_refresh_that_never_comes_is_told_at_construction(every, steps, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        GlobalKnowledgeLoss(3, refresh_every=every, total_steps=steps)
+        GlobalKnowledgeLoss(3, refresh_every=None, total_steps=steps)
+        off = {"robust_imitation": False, "robust_logits": False}
+        GlobalKnowledgeLoss(3, refresh_every=every, total_steps=steps, **off)
+    texts = [str(x.message) for x in found if "refresh_every" in str(x.message)]
+    assert len(texts) == told
+    assert not told or "call kd.refresh(loader)" in texts[0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from global_kd import Distiller, GlobalKnowledgeLoss
+from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeGenerator, Targets
+from global_kd.prototypes.teacher_rows import Sights, TeacherRows, sight_of
 
 BATCHES, BOXES = 6, 5
 
@@ -31,7 +32,10 @@ def distiller(**options):
     torch.manual_seed(0)
     student, teacher = detector(4), detector(8)
     loss = GlobalKnowledgeLoss(
-        3, **({"num_prototypes": 3, "min_side": 12, "max_instances": 6, "total_steps": 9} | options)
+        3,
+        **(
+            {"num_prototypes": 3, "min_side": 12, "max_instances": 6, "total_steps": 9000} | options
+        ),
     )
     paths = {"student_path": "0", "teacher_path": "0", "example_inputs": (batch(0)[0],)}
     kd = Distiller(student, teacher, loss, **paths)
@@ -120,3 +124,83 @@ def test_without_ids_the_teacher_always_looks():
     for passes in (1, 2):
         kd.refresh(loader, progress=False)
         assert len(looks) == passes * BATCHES
+
+
+@pytest.mark.parametrize("mirrored", range(BATCHES))
+def test_an_image_that_looks_otherwise_is_noticed_wherever_it_comes(mirrored):
+    """The teacher looks at it; the rows of all others are still used."""
+    loader = [batch(n) for n in range(BATCHES)]
+    images, (target,) = loader[mirrored]
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = 64 - boxes[:, [2, 0]]
+    second = [*loader]
+    second[mirrored] = images.flip(3), [{**target, "boxes": boxes}]
+    (kd, _, _, looks), (fresh, *_) = (distiller(max_instances=800) for _ in range(2))
+    kd.refresh(loader, progress=False)
+    with pytest.warns(UserWarning, match="otherwise than in the last pass") as told:
+        kd.refresh(second, progress=False)
+    assert len(told) == 1 and (mirrored == 0 or f"batch {mirrored} " in str(told[0].message))
+    assert len(looks) == BATCHES + 2  # the compared one, and that one
+    fresh.refresh(second, progress=False)
+    assert same(kd.loss.bank, fresh.loss.bank)
+
+
+def test_random_flips_never_go_unnoticed():
+    g = torch.Generator().manual_seed(0)
+
+    def flipped():
+        for n in range(BATCHES):
+            images, (target,) = batch(n)
+            boxes = target["boxes"].clone()
+            if torch.rand((), generator=g) < 0.2:
+                boxes[:, [0, 2]] = 64 - boxes[:, [2, 0]]
+                images = images.flip(3)
+            yield images, [{**target, "boxes": boxes}]
+
+    kd, *_ = distiller()
+    kd.refresh([batch(n) for n in range(BATCHES)], progress=False)
+    for _ in range(8):
+        second = list(flipped())
+        fresh, *_ = distiller()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kd.refresh(second, progress=False)
+            fresh.refresh(second, progress=False)
+        assert same(kd.loss.bank, fresh.loss.bank)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: 0.9 * x,
+        lambda x: x.flip(1),
+        lambda x: x.flip(3),
+        lambda x: x.roll(1, dims=2),
+        lambda x: x + 0.05 * torch.rand(x.shape, generator=torch.Generator().manual_seed(1)),
+    ],
+    ids=["darker", "other colours", "mirrored in a box in the middle", "moved", "noise"],
+)
+def test_a_sight_tells_other_pixels_in_the_same_box(change):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[12.0, 8.0, 52.0, 48.0], [20.0, 20.0, 44.0, 44.0]])
+    targets = Targets(box, torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([5, 3]))
+    generator = PrototypeGenerator(2, min_side=0)
+    sights = Sights()
+    sights.add(targets.ids, sight_of(targets, images))
+    rows = torch.rand(1, 2, 4)
+    generator.add(rows, rows, targets)
+    kept = TeacherRows(generator, "cafe", sights)
+    padded = torch.nn.functional.pad(images, (0, 32, 0, 32))  # as beside a larger image
+    for same_images in (images, padded, images.double()):
+        found, otherwise = kept.of(targets, sight_of(targets, same_images), generator)
+        assert not otherwise and torch.equal(found, rows)
+    found, otherwise = kept.of(targets, sight_of(targets, change(images)), generator)
+    assert otherwise and found is None
+
+
+def test_of_an_instance_that_comes_twice_the_later_sight_counts():
+    sights = Sights()
+    for value in (1.0, 2.0):
+        sights.add(torch.tensor([4, 9]), torch.tensor([[value], [7.0]]))
+    assert sights.of(torch.tensor([9, 4, 5])).tolist()[:2] == [[7.0], [2.0]]
+    assert sights.of(torch.tensor([5])).isnan().all()
