@@ -3,7 +3,7 @@
 Every method is collective: all ranks call it, in the same order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,28 @@ class Ranks:
         self.size: int = dist.get_world_size() if here else 1
         self.rank: int = dist.get_rank() if here else 0
 
-    @property
-    def device(self) -> torch.device:
-        """Where tensors must lie to be sent: NCCL sends from GPUs, Gloo from the processor."""
-        gpu = self.size > 1 and "nccl" in dist.get_backend()
-        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self._backends = _by_device(dist.get_backend_config()) if self.size > 1 else {}
+
+    def place(self, device: torch.device) -> torch.device:
+        """Where a tensor of this device must lie to be sent: there, if it can be sent from there.
+
+        NCCL sends from GPUs, Gloo from the processor; a job started without a backend has both.
+        """
+        if self.size == 1:
+            return device
+        backend = self._backends.get(device.type)
+        if backend is not None and (device.type == "cpu" or backend != "gloo"):
+            return device
+        if "cpu" in self._backends:
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def common(self, devices: Iterable[str | None]) -> torch.device:
+        """One place for all ranks, from the device types of each (``None``: any)."""
+        wanted = [x for x in devices if x not in (None, "cpu")]
+        if not wanted or wanted[0] != "cuda":
+            return self.place(torch.device("cpu"))
+        return self.place(torch.device("cuda", torch.cuda.current_device()))
 
     def tell(self, value: Any, problem: Exception | None = None) -> list[Any]:
         """A small value of every rank, by rank.
@@ -64,13 +81,14 @@ class Ranks:
         if self.size == 1:
             return list(tables), torch.zeros_like(to)
         where = to.device
-        sent = torch.bincount(to, minlength=self.size).to(self.device)
+        there = self.place(where)
+        sent = torch.bincount(to, minlength=self.size).to(there)
         due = torch.empty_like(sent)
         dist.all_to_all_single(due, sent)
         splits = due.tolist(), sent.tolist()
         came = []
         for table in tables:
-            flat = table.to(self.device, torch.uint8 if table.dtype == torch.bool else table.dtype)
+            flat = table.to(there, torch.uint8 if table.dtype == torch.bool else table.dtype)
             out = flat.new_empty(sum(splits[0]), *table.shape[1:])
             dist.all_to_all_single(out, flat.contiguous(), *splits)
             came.append(out.to(where, table.dtype))
@@ -79,7 +97,7 @@ class Ranks:
     def add(self, *tensors: Tensor) -> None:
         """Sum over ranks, in place."""
         for x in tensors if self.size > 1 else ():
-            total = x.to(self.device)
+            total = x.to(self.place(x.device))
             dist.all_reduce(total)
             x.copy_(total)
 
@@ -90,7 +108,7 @@ class Ranks:
     def same(self, *tensors: Tensor) -> None:
         """The values of rank 0, in place."""
         for x in tensors if self.size > 1 else ():
-            first = x.to(self.device)
+            first = x.to(self.place(x.device))
             dist.broadcast(first, src=0)
             x.copy_(first)
 
@@ -110,10 +128,17 @@ class _Total(torch.autograd.Function):
         return total, None
 
 
+def _by_device(config: str) -> dict[str, str]:
+    """From ``"cpu:gloo,cuda:nccl"`` the backend of each type of device."""
+    pairs = (part.partition(":") for part in str(config).lower().split(",") if ":" in part)
+    return {device.strip(): backend.strip() for device, _, backend in pairs}
+
+
 class MeanGradients:
     """Averages the gradients of some parameters over the ranks, once at the end of every backward.
 
-    Harmless beside ``DistributedDataParallel``: the mean of equal gradients is the same gradient.
+    Harmless beside ``DistributedDataParallel``: it comes after what that does at the end of a
+    backward, and the mean of equal gradients is the same gradient.
     With several backwards before a step every one ends with the mean of what was summed so far.
 
     Args:
@@ -139,7 +164,18 @@ class MeanGradients:
             self._queued = True
             # As DistributedDataParallel does: called when the whole backward is done, so that the
             # order in which gradients arrive may differ from rank to rank.
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+            self._queue(self._after_all)
+
+    def _queue(self, callback: Callable[[], None]) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+    def _after_all(self) -> None:
+        """Go to the end of the queue once more.
+
+        ``DistributedDataParallel`` queues its own wait when its last gradient has arrived, which is
+        after our first. Until then gradients that are views of its buckets are being summed.
+        """
+        self._queue(self._average)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeGenerator, Schedule, Targets
-from global_kd.ranks import Ranks
+from global_kd.ranks import MeanGradients, Ranks
 
 CLASSES, LEVELS, CS, CT = 5, 2, 3, 4
 BATCHES, STEPS, IMAGES = 12, 6, 2
@@ -198,7 +198,11 @@ def train(rank: int, size: int, wrap: str, ranks: int):
     )
     paths = {"student_path": "body", "teacher_path": "body"}
     kd = Distiller(student, teacher, loss, example_inputs=(batch(0, 0)[0],), **paths)
-    module = DistributedDataParallel(kd) if wrap == "both" else kd
+    module = kd
+    if size > 1 and wrap in ("both", "views", "static"):
+        views = {"gradient_as_bucket_view": wrap != "both", "static_graph": wrap == "static"}
+        # A bucket for each parameter, so that some are on their way when the backward ends.
+        module = DistributedDataParallel(kd, bucket_cap_mb=1e-4, **views)
     optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
     for step in range(STEPS):
         for part in range(alone):
@@ -225,6 +229,40 @@ def training(rank, size, ranks=None):
 
 def training_with_the_loss_wrapped(rank, size):
     return train(rank, size, "both", size)
+
+
+def training_with_gradients_in_buckets(rank, size):
+    return train(rank, size, "views", size)
+
+
+def training_with_a_static_graph(rank, size):
+    return train(rank, size, "static", size)
+
+
+def gradients_in_buckets(rank, size):
+    """Many large parameters: whoever touches a bucket that is being summed is found out."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    joined = MeanGradients(layers.parameters(), Ranks())
+    ddp = DistributedDataParallel(layers, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
+    found = []
+    for step in range(6):
+        joined.begin()
+        g = torch.Generator().manual_seed(10 * step + rank)
+        ddp(torch.randn(8, 256, generator=g)).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in layers.parameters()]))
+        alone = 0
+        for other in range(size):
+            layers.zero_grad(set_to_none=False)
+            g = torch.Generator().manual_seed(10 * step + other)
+            x = torch.randn(8, 256, generator=g)
+            total = layers(x).square().sum() / size
+            alone = alone + torch.cat(
+                [p.flatten() for p in torch.autograd.grad(total, list(layers.parameters()))]
+            )
+        found[-1] = torch.stack([found[-1], alone])
+        layers.zero_grad(set_to_none=False)
+    return {"found": torch.stack(found)}
 
 
 def training_sharded(rank, size):

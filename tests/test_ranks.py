@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed import fsdp
 
+from global_kd.ranks import MeanGradients, Ranks
 from tests import ranks_at_work as work
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,14 @@ PROTOTYPES = [
     "prototypes_after_a_checkpoint_of_rank_0",
 ]
 OTHERS = ["traffic", "nobody_has_a_row", "one_rank_fails", "ranks_do_not_fit"]
-TRAINING = ["training", "training_with_the_loss_wrapped", "training_sharded"]
+OTHERS += ["gradients_in_buckets"]
+TRAINING = [
+    "training",
+    "training_with_the_loss_wrapped",
+    "training_with_gradients_in_buckets",
+    "training_with_a_static_graph",
+    "training_sharded",
+]
 FSDP2 = hasattr(fsdp, "fully_shard")  # since torch 2.6
 
 
@@ -112,6 +120,69 @@ def test_training_on_several_ranks_equals_one_with_all_batches(results, scenario
             assert equal(rank[part], ranks[0][part]), part
         for part in ("student", "adapters", "bank"):
             torch.testing.assert_close(rank[part], alone[part], rtol=1e-4, atol=1e-6)
+
+
+def test_buckets_of_another_owner_are_averaged_once(results):
+    """`gradient_as_bucket_view`: the gradients are views of what is being summed."""
+    for rank in results("gradients_in_buckets"):
+        found, expected = rank["found"].unbind(dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "place"),
+    [
+        ("cpu:gloo,cuda:nccl", "cuda:3", "cuda:3"),  # init_process_group() without a backend
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:gloo", "cuda:3", "cpu"),
+        ("cpu:gloo", "cuda:3", "cpu"),
+        ("cuda:nccl", "cuda:3", "cuda:3"),
+        ("cuda:nccl", "cpu", "cuda:1"),
+        ("cpu:gloo,xpu:xccl", "xpu:2", "xpu:2"),
+    ],
+)
+def test_tensors_are_sent_from_where_they_lie_if_they_can(monkeypatch, config, device, place):
+    for name, value in {
+        "is_initialized": True,
+        "get_world_size": 2,
+        "get_rank": 1,
+        "get_backend_config": config,
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    ranks = Ranks()
+    assert ranks.place(torch.device(device)) == torch.device(place)
+    assert Ranks(together=False).place(torch.device(device)) == torch.device(device)
+    found = ranks.common([None, "cpu", "cuda"])
+    assert found == torch.device("cuda", 1) if "nccl" in config else torch.device("cpu")
+
+
+def test_a_backward_that_broke_off_is_forgotten(monkeypatch):
+    """Its callback is lost; without `begin` no later backward would be averaged."""
+    layer = torch.nn.Linear(2, 1)
+    ranks = Ranks(together=False)
+    added = []
+    monkeypatch.setattr(ranks, "add", lambda *tensors: added.append(tensors))
+    joined = MeanGradients(layer.parameters(), ranks)
+
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        joined.begin()
+        x = Breaks.apply(torch.ones(1, 2, requires_grad=True))
+        with pytest.raises(ZeroDivisionError):
+            layer(x).sum().backward()
+    joined.begin()
+    before = len(added)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert len(added) == before + 1
 
 
 def test_a_rank_killed_in_a_refresh_ends_the_job(tmp_path):

@@ -368,13 +368,14 @@ class PrototypeGenerator(nn.Module):
             "max_instances": self.max_instances,
             "num_classes": self.num_classes,
         }
-        told = ranks.tell((same, shape, counts), problem)
-        for rank, (facts, _, _) in enumerate(told):
+        kind = None if rows is None else rows.labels.device.type
+        told = ranks.tell((same, shape, counts, kind), problem)
+        for rank, (facts, *_) in enumerate(told):
             if facts != told[0][0]:
                 raise ValueError(
                     f"generate: expected {told[0][0]} as on rank 0, but rank {rank} has {facts}"
                 )
-        shapes = {shape for _, shape, _ in told if shape is not None}
+        shapes = {shape for _, shape, *_ in told if shape is not None}
         if len(shapes) > 1:
             raise ValueError(
                 "generate: expected rows of one (levels, student channels, teacher channels) on "
@@ -382,10 +383,12 @@ class PrototypeGenerator(nn.Module):
             )
         if ranks.size == 1 or not shapes:
             return rows
-        if rows is None:
-            rows = _Rows(*(x.to(ranks.device) for x in _no_rows(shapes.pop())))
+        # Rows of a checkpoint may lie elsewhere than those of the other ranks.
+        there = ranks.common(kind for *_, kind in told)
+        rows = _no_rows(shapes.pop()) if rows is None else rows
+        rows = _Rows(*(x.to(there) for x in rows))
         # The largest classes first, so that no rank gets many of them.
-        totals = torch.tensor([counts for _, _, counts in told], device="cpu").sum(dim=0)
+        totals = torch.tensor([counts for _, _, counts, _ in told], device="cpu").sum(dim=0)
         owners = torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
         owners[totals.argsort(descending=True, stable=True)] = (
             torch.arange(self.num_classes, device="cpu") % ranks.size if owner is None else owner
