@@ -172,7 +172,7 @@ def batch(step: int, rank: int):
     return images, Targets(boxes, labels, image, torch.arange(count) + 100 * step + 10_000 * rank)
 
 
-def train(rank: int, size: int, wrap: str, ranks: int):
+def train(rank: int, size: int, wrap: str, ranks: int, others=()):
     """`ranks` batches a step; alone, one after another with the mean of their losses."""
     torch.manual_seed(0)
     student, teacher = Detector(4), Detector(8)
@@ -197,7 +197,7 @@ def train(rank: int, size: int, wrap: str, ranks: int):
         seed=7 + rank,  # of the adapters, too: rank 0's count
     )
     paths = {"student_path": "body", "teacher_path": "body"}
-    kd = Distiller(student, teacher, loss, example_inputs=(batch(0, 0)[0],), **paths)
+    kd = Distiller(student, teacher, [loss, *others], example_inputs=(batch(0, 0)[0],), **paths)
     module = kd
     if size > 1 and wrap in ("both", "views", "static"):
         views = {"gradient_as_bucket_view": wrap != "both", "static_graph": wrap == "static"}
@@ -218,13 +218,19 @@ def train(rank: int, size: int, wrap: str, ranks: int):
 
     return {
         "student": {k: whole(v) for k, v in student.state_dict().items()},
-        "adapters": {k: v.detach() for k, v in loss.adapters.state_dict().items()},
+        "adapters": {k: v.detach() for k, v in kd.named_parameters()},
         "bank": dict(loss.bank.named_buffers()),
     }
 
 
 def training(rank, size, ranks=None):
     return train(rank, size, "student", ranks or size)
+
+
+def training_with_several_losses(rank, size, ranks=None):
+    """Each with parameters of its own; one is weighed by the prototypes of another."""
+    others = [CWD(adapter="conv1x1", seed=rank), FGD(robust=True, seed=rank)]
+    return train(rank, size, "student", ranks or size, others)
 
 
 def training_with_the_loss_wrapped(rank, size):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss
-from global_kd.losses import PKD, DistillLoss
+from global_kd.losses import FGD, PKD, DistillLoss
 
 from .detectors.detectors import detector, scenes
 from .small_loss import small_loss
@@ -151,3 +151,29 @@ def test_telemetry_of_all():
     numbers = kd.telemetry(detection_loss=2.0)
     assert {"term/kd_pkd", "share/kd_pkd", "term/kd_foreground", "prototypes"} <= set(numbers)
     assert isinstance(kd.losses["global_knowledge"], GlobalKnowledgeLoss)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_list_beside_a_compiled_student(backend):
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        student, teacher = Detector(4), Detector(9)
+        kd = Distiller(
+            student, teacher, [small_loss(2), PKD(), FGD(robust=True)], example_inputs=(IMAGES,)
+        )
+        model = torch.compile(student, backend=backend) if compiled else student
+        for loss in kd.losses.values():
+            if compiled:
+                loss.compile(backend=backend)
+        optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-3)
+        for _ in range(4):
+            own = sum(x.square().mean() for x in model(IMAGES))
+            terms = kd(IMAGES, BOXES)
+            optimizer.zero_grad()
+            (own + sum(terms.values())).backward()
+            optimizer.step()
+        found.append({name: x.detach() for name, x in terms.items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert {"kd_relation", "kd_pkd", "kd_fgd_foreground"} <= set(found[0])
