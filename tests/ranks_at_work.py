@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeGenerator, Schedule, Targets
+from global_kd.losses import CWD, FGD
 from global_kd.ranks import MeanGradients, Ranks
 
 CLASSES, LEVELS, CS, CT = 5, 2, 3, 4

@@ -418,7 +418,7 @@ class DistillLoss(nn.Module):
 
     # Under `torch.compile(loss)` the counting runs as it is, else every step were another program;
     # what it calls, the mathematics, is compiled.
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @torch._compile._disable_dynamo(recursive=False)  # importing torch.compiler.disable is heavy
     def forward(
         self,
         student: Sequence[Tensor],
@@ -446,7 +446,7 @@ class DistillLoss(nn.Module):
         terms: dict[str, Tensor] = self._end(raw)
         return terms
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._compile._disable_dynamo
     def _begin(
         self,
         student: Sequence[Tensor],
@@ -463,7 +463,7 @@ class DistillLoss(nn.Module):
             self._before_step()
         return step.at(self._selected)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._compile._disable_dynamo
     def _end(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         terms, factors = {}, {}
         for part, value in raw.items():
