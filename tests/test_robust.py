@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 import global_kd.functional as F
+from global_kd.ops.cosine import unit_rows
 from tests import oracles
 from tests.strategies import random, relation, relations
 from tests.watch import Graphs, NoFloat64, NoHostSync
@@ -187,3 +188,13 @@ def test_classes_do_not_see_each_other():
             labels[labels == c],
         )
         torch.testing.assert_close(together[labels == c], alone)
+
+
+def test_a_row_of_zeros_has_a_gradient_of_zero():
+    """Also beside others, and where the scale of what comes from above is not 0."""
+    rows = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], requires_grad=True)
+    unit = unit_rows(rows)
+    assert unit.tolist()[0] == [0, 0, 0] and unit[1].tolist() == pytest.approx([0.6, 0, 0.8])
+    unit.backward(torch.tensor([[1.0, 2.0, -3.0], [0.0, 1.0, 0.0]]))
+    assert rows.grad[0].tolist() == [0, 0, 0]
+    assert rows.grad[1].tolist() == pytest.approx([0, 0.2, 0])

@@ -47,3 +47,17 @@ def test_steps_are_the_released_epochs():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**options)
+
+
+@pytest.mark.parametrize("k", range(24))
+@pytest.mark.parametrize("option", ["start", "warmup"])
+def test_steps_after_a_start_or_warm_up_of_whole_epochs(option, k):
+    """Epoch k + j of 24: rounding may not push a step into the epoch before."""
+    schedule = Schedule("linear", steps=24 - k, **{option: k / 24})
+    for j in range(24 - k):
+        for iteration in (0, 3):
+            progress = (k + j + iteration / 7) / 24
+            assert schedule(progress) == pytest.approx(1 - j / (24 - k)), (j, iteration)
+    assert k == 0 or schedule((k - 0.5) / 24) == pytest.approx(
+        0 if option == "start" else (k - 0.5) / k
+    )

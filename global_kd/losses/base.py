@@ -416,6 +416,9 @@ class DistillLoss(nn.Module):
                 "Distiller"
             )
 
+    # Under `torch.compile(loss)` the counting runs as it is, else every step were another program;
+    # what it calls, the mathematics, is compiled.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def forward(
         self,
         student: Sequence[Tensor],
@@ -439,6 +442,18 @@ class DistillLoss(nn.Module):
         Raises:
             ValueError: Maps that do not fit each other or the levels, a fact that is missing.
         """
+        raw = self._run(self._begin(student, teacher, targets, facts))
+        terms: dict[str, Tensor] = self._end(raw)
+        return terms
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        targets: Targets | None,
+        facts: Mapping[str, Any],
+    ) -> Step:
         self._require_built()
         assert self._levels is not None
         check_pyramids(student, teacher, self._levels.strides)
@@ -446,8 +461,12 @@ class DistillLoss(nn.Module):
         self._check_facts(step)
         if self.training:
             self._before_step()
+        return step.at(self._selected)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         terms, factors = {}, {}
-        for part, value in self._run(step.at(self._selected)).items():
+        for part, value in raw.items():
             if self.wants(part):
                 name = self.term_name(part)
                 factors[name] = self.factor(name)

@@ -273,6 +273,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         if self.refresh_every and self.step and self.step % self.refresh_every == 0:
             self.refresh()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _tally(self, omega: Tensor, labels: Tensor) -> None:
         """For :meth:`telemetry`: stays on the device, and nothing that trains reads it."""

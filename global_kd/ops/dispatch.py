@@ -52,8 +52,8 @@ def backend(x: Tensor) -> str:
 def _twins_work(device: torch.device) -> bool:
     if device in _trusted:
         return _trusted[device]
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return False  # no moment for a trial: a later call will have it
+    if not _good_moment():
+        return False  # a later call will have the trial
     _trusted[device] = False  # the trial's own ops
     if find_spec("triton") is not None:
         try:
@@ -67,4 +67,18 @@ def _twins_work(device: torch.device) -> bool:
                 " the definitions in plain torch take their place. Please report this",
                 stacklevel=2,
             )
+        except BaseException:  # interrupted: that says nothing about the twins
+            del _trusted[device]
+            raise
     return _trusted[device]
+
+
+def _good_moment() -> bool:
+    """Whether plain ops and a backward can run now, as the trial needs them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+        or torch.is_inference_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad and their kin
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None  # fake tensors
+    )

@@ -7,6 +7,8 @@ import torch
 
 from global_kd import GlobalKnowledgeLoss, Schedule, Targets
 from global_kd.losses import PKD, DistillLoss, Levels
+from global_kd.ops.dispatch import force
+from tests.watch import Graphs
 
 LEVELS = {"student_channels": [4, 4], "teacher_channels": [6, 4], "strides": [8, 16]}
 TARGETS = Targets(
@@ -190,8 +192,34 @@ def test_soft_labels_without_boxes_of_their_own_do_not_need_maps():
     assert not loss.uses_maps and loss.uses_prototypes and not len(loss.adapters)
 
 
+@pytest.mark.parametrize("kind", ["PKD", "GlobalKnowledgeLoss"])
+def test_a_compiled_loss_is_compiled_once(kind):
+    """Of `torch.compile(loss)`: the counting asks for no new program, and loses no step."""
+
+    def make():
+        if kind == "PKD":
+            return PKD(**LEVELS)
+        schedule = {"schedule": Schedule("linear"), "total_steps": 50, "refresh_every": 3}
+        return GlobalKnowledgeLoss(3, relation=1, min_side=0, **schedule, **LEVELS)
+
+    plain, loss = make(), make()
+    torch._dynamo.reset()
+    backend = Graphs()
+    with force("definition"):
+        compiled = torch.compile(loss, backend=backend, dynamic=False)
+        graphs = []
+        for seed in range(10):
+            found, expected = compiled(*maps(seed), TARGETS), plain(*maps(seed), TARGETS)
+            torch.testing.assert_close(found, expected)
+            graphs.append(backend.count)
+    assert graphs[0] > 0 and graphs[-1] == graphs[4]  # whatever the first refresh brought
+    assert graphs[4] <= graphs[0] + 1
+    assert loss.step == 10 and loss.telemetry() == pytest.approx(plain.telemetry())
+
+
 def test_the_mathematics_compile_and_the_counting_does_not():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     loss = PKD(**LEVELS)
     expected = loss(*maps())
     loss.compile(backend="eager", fullgraph=True)

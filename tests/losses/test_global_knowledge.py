@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from global_kd import GlobalKnowledgeLoss, Schedule, Targets
+from global_kd.functional import logit_loss
+from global_kd.instances import assign_levels
 from global_kd.losses import Levels
 from global_kd.step import Positives
 
@@ -394,3 +396,20 @@ def test_a_refresh_that_never_comes_is_told_at_construction(every, steps, told):
     texts = [str(x.message) for x in found if "refresh_every" in str(x.message)]
     assert len(texts) == told
     assert not told or "call kd.refresh(loader)" in texts[0]
+
+
+def test_a_soft_label_takes_the_weight_of_its_own_proposal():
+    """Logit rows are some of the proposals, in an order of their own."""
+    loss = make(boxes="proposals")
+    for step in range(4):
+        loss(*batch(step))
+    student, teacher, proposals = batch(5)
+    rows, box = torch.tensor([4, 0, 3]), torch.tensor([1, 1, 0, 0, 1, 0])
+    mine, theirs = torch.randn(2, 3, CLASSES, generator=torch.Generator().manual_seed(0))
+    positives = Positives(box, proposals, mine, theirs, rows)
+    omega = loss.weigh(student, teacher, proposals)
+    level = assign_levels(proposals.boxes, loss.strides)
+    weights = omega.gather(0, level[None])[0]
+    assert len(weights[rows].unique()) == 3
+    terms = loss.eval()(student, teacher, batch(6)[2], positives=positives)
+    torch.testing.assert_close(terms["kd_logits"], 5 * logit_loss(mine, theirs, weights[rows]))

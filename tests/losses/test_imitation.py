@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import global_kd.functional as F
 from global_kd.losses.imitation import scale_of
 from global_kd.ops.dispatch import force
+from global_kd.ops.imitation import imitation_terms
 from tests import oracles
 from tests.strategies import Scene, random, scene, scenes
 from tests.watch import Graphs, NoFloat64, NoHostSync, gradient
@@ -382,3 +383,24 @@ def test_the_scale_of_a_map_is_its_variance(shape, offset, dtype):
 def test_a_constant_map_has_scale_one(value, shape):
     """Though its mean is rounded."""
     assert scale_of(torch.full(shape, value)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["cpu", "definition"])
+def test_gradients_in_half_precision_by_hand(form, dtype):
+    """Squares of d: slopes 2 d, each with its weight and scale."""
+    student = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=dtype).view(1, 1, 2, 2).requires_grad_()
+    weight = torch.tensor([[[0.5, 0.0], [0.25, 0.0]]])
+    member = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    with force(form):
+        terms = imitation_terms(
+            student,
+            torch.ones_like(student),
+            weight,
+            member,
+            torch.tensor(4.0),
+            torch.tensor(8.0),
+        )
+        (grad,) = gradient(sum(terms), student)
+    expected = [[2 * 2 * 4 * 0.5, 2 * -2 * 8 * 1], [2 * -0.5 * 4 * 0.25, 0]]
+    assert grad[0, 0].tolist() == expected

@@ -305,3 +305,50 @@ def test_bad_levels_are_named(batch):
         loss(**dict(batch, teacher_logits=None))
     with pytest.raises(ValueError, match="strides: expected increasing"):
         RobustDistillLoss((8, 4))
+
+
+def test_centring_takes_the_mean_of_the_slots_that_are_filled(batch):
+    """Of both spaces, whatever lies in the empty slots of a half-empty bank."""
+    loss = RobustDistillLoss(STRIDES, relation=1.0, center=True)
+    terms = loss(**batch)
+    moved = dict(batch, bank=copy.deepcopy(batch["bank"]))
+    bank = moved["bank"]
+    assert not bank.valid.all() and bank.valid.any()
+    for side, offset in (("student", 5), ("teacher", -3)):
+        moved[side] = [x + offset for x in batch[side]]
+        rows = getattr(bank, side)
+        rows += offset
+        rows[~bank.valid] = 100.0
+    moved["adapted"] = [x - 3 for x in batch["adapted"]]
+    for name, value in loss(**moved).items():
+        torch.testing.assert_close(value, terms[name])
+    middle = copy.deepcopy(batch["bank"])  # by the definition: bank and rows around the mean
+    for level in range(2):
+        for side in ("student", "teacher"):
+            rows = getattr(middle, side)[level]
+            rows -= rows[middle.valid[level]].mean(dim=0)
+    plain = RobustDistillLoss(STRIDES, relation=1.0)
+    rows = []
+    for side in ("student", "teacher"):
+        of_level = []
+        for level in range(2):
+            bank_rows = getattr(batch["bank"], side)[level]
+            of_level.append(
+                pooled(batch, side, level) - bank_rows[batch["bank"].valid[level]].mean(dim=0)
+            )
+        rows.append(torch.stack(of_level))
+    for name, value in plain(**dict(batch, bank=middle), rows=tuple(rows)).items():
+        torch.testing.assert_close(value, terms[name])
+
+
+def test_soft_labels_alone_are_weighed_by_omega(batch):
+    only = {"foreground": 0, "background": 0, "relation": 0}
+    loss = all_terms(**only)
+    assert loss.uses_prototypes
+    (value,) = loss(**batch).values()
+    level = assign_levels(batch["targets"].boxes, STRIDES)
+    weights = omegas(batch).gather(0, level[None])[0][batch["logit_box"]]
+    logits = batch["student_logits"], batch["teacher_logits"]
+    torch.testing.assert_close(value, 5 * logit_loss(*logits, weights))
+    (plain,) = all_terms(**only, robust_logits=False)(**batch).values()
+    assert not torch.isclose(value, plain)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -165,3 +166,49 @@ def test_fresh_memory_is_memory(size):
     assert x.shape == (size,) and x.dtype == torch.float32
     x.fill_(2)
     assert (x == 2).all()
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The trials that took place, on a GPU that is imitated."""
+    found = []
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(
+        sys.modules, "global_kd.ops._triton.trial", SimpleNamespace(trial=found.append)
+    )
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["inference_mode", "vmap", "grad", "fake tensors"])
+def test_the_trial_waits_for_a_better_moment(mode, trials):
+    here, said = torch.device("cpu"), []
+
+    def ask(x):
+        said.append(dispatch._twins_work(here))
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    if mode == "inference_mode":
+        with torch.inference_mode():
+            ask(x)
+    elif mode == "fake tensors":
+        with FakeTensorMode():
+            ask(torch.ones(2, 2))
+    else:
+        (torch.vmap(ask) if mode == "vmap" else torch.func.grad(ask))(x)
+    assert said == [False] and not trials and dispatch._trusted == {}
+    assert dispatch._twins_work(here) and trials == [here]
+
+
+def test_an_interrupted_trial_is_tried_again(trials, monkeypatch):
+    def interrupted(device):
+        raise KeyboardInterrupt
+
+    here, trial = torch.device("cpu"), sys.modules["global_kd.ops._triton.trial"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "trial", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dispatch._twins_work(here)
+    assert dispatch._twins_work(here) and trials == [here]

@@ -12,10 +12,11 @@ from ..relation import own_class, relate
 
 def trial(device: torch.device) -> None:
     """Raise ``AssertionError``, or whatever a kernel raises, if a twin does not do its work."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device)
+        # Whatever the default dtype and device are.
+        return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     corner = random(9, 2) * 60
     boxes = torch.cat([corner, corner + random(9, 2) * 60], dim=1)
@@ -46,7 +47,7 @@ def trial(device: torch.device) -> None:
                     3 * fg + bg + 1e-3 * pooled.square().sum() + torch.stack(rows).sum() + related
                 )
                 total.backward()
-            gradient = torch.zeros(0) if x.grad is None else x.grad
+            gradient = x.new_zeros(0) if x.grad is None else x.grad
             results.append([fg, bg, pooled, *rows, related, omega, gradient])
         names = "foreground", "background", "pooled", "softmax", "sigmoid", "relation", "omega"
         for name, twin, defined in zip((*names, "gradient"), *results, strict=True):
