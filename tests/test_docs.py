@@ -141,6 +141,22 @@ def test_docstrings_run(name, as_a_reader):
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples in {name} failed"
 
 
+ROOMS = ["global_kd", "global_kd.losses", "global_kd.functional"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_reference_has_every_public_name(room):
+    """A new name gets a line `::: global_kd.losses.NAME` on the page of its room."""
+    module = importlib.import_module(room)
+    page = ROOT / "docs" / "api" / f"{room.rpartition('.')[2]}.md"
+    listed = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    public = getattr(module, "__all__", None) or [
+        name for name, value in vars(module).items() if isinstance(value, type)
+    ]
+    wanted = {f"{room}.{name}" for name in public if name != "functional"}
+    assert sorted(listed) == sorted(wanted)
+
+
 # The harness itself: each of these is a way in which documentation could rot unnoticed.
 
 
