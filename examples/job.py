@@ -163,7 +163,8 @@ def run(
     if args.method != "none":
         models["teacher"], runs["teacher"] = obtain_teacher(args, experiment, try_out)
         experiment = dataclasses.replace(experiment, teacher=models["teacher"])
-        try_out(experiment)
+        if runs["teacher"] is None:
+            try_out(experiment)
     if args.data != "digits":
         forecast("A student", student.to(args.device), experiment.data, experiment.recipe)
     if args.warm_start:
