@@ -104,8 +104,7 @@ def obtain_teacher(
     untrained = make_teacher().to(args.device)
     try_out(dataclasses.replace(experiment, teacher=untrained))
     school = dataclasses.replace(experiment, make_student=make_teacher, recipe=recipe)
-    if args.data != "digits":
-        forecast("The teacher", untrained, data, recipe)
+    forecast("The teacher", untrained, data, recipe)
     trainer = school.train("teacher", state=state_file(args, "teacher"), resume=args.resume)
     teacher = trainer.model
     teacher.load_state_dict(half(teacher))  # as it will be when it is read back
@@ -165,8 +164,7 @@ def run(
         experiment = dataclasses.replace(experiment, teacher=models["teacher"])
         if runs["teacher"] is None:
             try_out(experiment)
-    if args.data != "digits":
-        forecast("A student", student.to(args.device), experiment.data, experiment.recipe)
+    forecast("A student", student.to(args.device), experiment.data, experiment.recipe)
     if args.warm_start:
         start = state_file(args, "start")
         experiment.train("student, first", state=start, resume=args.resume)

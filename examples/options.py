@@ -115,6 +115,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     digits = args.data == "digits"
     if args.method != "none":
         args.method = read_method(args.method)
+        if args.prototype_images and "gk" not in args.method.split("+"):
+            raise SystemExit("--prototype-images needs gk in --method, which keeps prototypes.")
     if args.share is not None and args.share <= 0:
         raise SystemExit("--share must be greater than 0.")
     if not digits and args.data != "own" and args.root is None:

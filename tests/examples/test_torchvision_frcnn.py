@@ -326,6 +326,7 @@ class TestErrors:
             ("--method pkd+pkd", "names a method twice"),
             ("--method dicod", "dicod needs a classifier, which only Python can give it"),
             ("--method detrdistill", "--method detrdistill: losses: DETRDistill needs queries"),
+            ("--method pkd --prototype-images 9", "--prototype-images needs gk in --method"),
             ("--share 0", "--share must be greater than 0"),
             ("--train {tmp}", "--train and --validation belong together"),
             ("--train {tmp}/a {tmp}/b --validation {tmp} {tmp}", r"There is no .*/a\.$"),
