@@ -4,6 +4,11 @@ A small student learns to find digits from 10 % of the scenes, the only ones wit
 goes on three times from there: with the labelled scenes alone; with the others, of which only the
 teacher says something (`kd.distil(images)`); and with both. The teacher is the shipped one; it was
 trained on all of these scenes with their labels, so it knows what the student is not told.
+
+One run, one seed (results/unlabelled.json): AP 10.7 at first; 18.1 after going on with labels, 20.0
+with both, whose steps cost about twice as much; 3.6 without labels, where features move away under
+a box head that learns nothing. So keep some labels in the mix. A difference of 1.9 AP on one seed
+is no proof.
 """
 
 from __future__ import annotations
