@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from global_kd import PAPER, RobustDistillLoss
+from methods import known_methods, read_method
 
 # Epochs, and those after which the learning rate is divided by 10.
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "quick": (2, (1,))}
@@ -36,7 +37,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="weights of the teacher, a model.pt")
     parser.add_argument("--teacher-depth", type=int, choices=depths, default=101)
     parser.add_argument("--no-distill", action="store_true", help="train without a teacher")
-    parser.add_argument("--weights", choices=tuple(WEIGHTS), default="paper", help="of the terms")
+    parser.add_argument(
+        "--method", default="gk", help="one or several joined by +: " + ", ".join(known_methods())
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        help="set all weights so that each term has this share of the detection loss's gradient",
+    )
+    parser.add_argument("--weights", choices=tuple(WEIGHTS), default="paper", help="of gk's terms")
     for name in TERMS:
         weights = " or ".join(f"{settings[name]:g}" for settings in WEIGHTS.values())
         parser.add_argument(f"--{name}", type=float, help=f"weight instead of {weights}")
@@ -65,6 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for path in (args.teacher, args.start):
         if path is not None and not path.is_file():
             raise SystemExit(f"There are no weights at {path}.")
+    args.method = read_method(args.method)
+    if args.share is not None and args.share <= 0:
+        raise SystemExit("--share must be greater than 0.")
     for name in ("batch_size", "evaluate_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1.")

@@ -54,7 +54,8 @@ from detection_data import (
     to_device,
 )
 from detectors import load_backbone, load_weights, resnet_detector, small_retinanet
-from global_kd import Distiller, GlobalKnowledgeLoss, Schedule
+from global_kd import Distiller, Schedule
+from methods import make_losses
 from options import note_options
 from processes import Place, join
 from report import environment, tensorboard
@@ -102,6 +103,8 @@ class Training:
         if place.rank == 0 and not args.resume:
             self.check()
         self.model = place.wrap(self.student)
+        if not args.resume:
+            self.calibrate()
         torch.manual_seed(args.seed * 1000 + place.rank)  # each rank samples its own proposals
         if args.resume:
             self.load()
@@ -131,18 +134,31 @@ class Training:
         teacher = self.build(args.teacher_depth, trained=True)
         load_weights(teacher, args.teacher, data.num_classes)
         decay = Schedule("linear", steps=self.epochs)
-        loss = GlobalKnowledgeLoss(
+        global_knowledge = {
+            **WEIGHTS[args.weights],
+            **{name: getattr(args, name) for name in TERMS},
+            "adapter": args.adapter,
+            "schedule": {f"kd_{name}": decay for name in TERMS if name != "logits"},
+            "refresh_every": self.steps if args.prototypes == "stream" else None,
+            "min_side": 10.0 if args.quick else 30.0,
+            "class_names": data.class_names,
+        }
+        losses = make_losses(
+            args.method,
             data.num_classes,
-            **{**WEIGHTS[args.weights], **{name: getattr(args, name) for name in TERMS}},
-            adapter=args.adapter,
-            schedule={f"kd_{name}": decay for name in TERMS if name != "logits"},
-            total_steps=self.epochs * self.steps,
-            refresh_every=self.steps if args.prototypes == "stream" else None,
-            min_side=10.0 if args.quick else 30.0,
+            steps=self.epochs * self.steps,
             seed=args.seed,
-            class_names=data.class_names,
+            gk=global_knowledge,
         )
-        return Distiller(self.student, teacher.to(self.place.device), loss)
+        try:
+            return Distiller(self.student, teacher.to(self.place.device), losses)
+        except ValueError as error:
+            raise SystemExit(f"--method {args.method}: {str(error).rstrip('.')}.") from None
+
+    @property
+    def prototypes(self) -> str | None:
+        """Where prototypes come from, if the method has some: "refresh" or "stream"."""
+        return self.args.prototypes if "gk" in self.args.method.split("+") else None
 
     def batches(self, epoch: int, workers: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, on its device."""
@@ -172,6 +188,17 @@ class Training:
             report = self.kd.check(images, targets, optimizer=self.optimizer)
         (self.args.output / "check.txt").write_text(f"{report}\n")
 
+    def calibrate(self) -> None:
+        """Weights from the gradients on the first batches, kept in the checkpoint; all ranks."""
+        if self.kd is None or self.args.share is None:
+            return
+        with self.precision():
+            self.kd.calibrate(
+                loader=self.batches(0, workers=0),
+                share=self.args.share,
+                verbose=self.place.rank == 0,
+            )
+
     def fit(self) -> None:
         """Train to the last epoch, from wherever the history ends; evaluate on the way."""
         self.evaluate_if_due()  # a resumed run may have been cut off there
@@ -180,7 +207,7 @@ class Training:
             self.renew_prototypes()
             losses = self.train_epoch(done)
             self.place.share_buffers(self.student)
-            if self.kd is not None and self.args.prototypes == "stream":
+            if self.kd is not None and self.prototypes == "stream":
                 self.kd.loss.refresh()  # now, so that the checkpoint holds no sample
             seconds = round(time.perf_counter() - start, 1)
             self.history.append({"epoch": done + 1, "seconds": seconds, "losses": losses})
@@ -191,7 +218,7 @@ class Training:
 
     def renew_prototypes(self) -> None:
         """The paper's: before each epoch, from all training images, each rank reading a share."""
-        if self.kd is None or self.args.prototypes != "refresh":
+        if self.kd is None or self.prototypes != "refresh":
             return
         mine = range(self.place.rank, len(self.train), self.place.size)
         size = self.args.batch_size

@@ -1,21 +1,19 @@
-"""Data sets for the examples: digit scenes, a COCO tree, a VOC tree; batches in a seeded order."""
+"""Data sets for the examples: digit scenes and a COCO tree; batches in a seeded order."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from xml.etree import ElementTree
 
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CocoDetection, VOCDetection
+from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import hflip, pil_to_tensor
 
 from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, load_digit_scenes
@@ -23,10 +21,6 @@ from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, load_digit_sce
 Target = dict[str, Tensor]
 Batch = tuple[list[Tensor], list[Target]]
 
-VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car") + (
-    "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant",
-    "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
 COCO_AREAS = (32.0**2, 96.0**2)
 DIGIT_AREAS = (16.0**2, 28.0**2)
 _BOXES_PER_IMAGE = 1 << 16
@@ -182,13 +176,14 @@ def _index_truth(scenes: DigitScenes, class_names: Sequence[str]) -> COCO:
     for image in range(len(scenes)):
         target = scenes.target(image)
         for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-            annotations.append(_annotation(len(annotations) + 1, image, label, box))
-    return _as_coco(range(len(scenes)), annotations, class_names)
+            annotations.append(annotation_of(len(annotations) + 1, image, label, box))
+    return as_coco(range(len(scenes)), annotations, class_names)
 
 
-def _annotation(
+def annotation_of(
     number: int, image: int, label: int, box: Sequence[float], crowd: bool = False
 ) -> dict[str, Any]:
+    """A box xyxy as COCO writes it."""
     x1, y1, x2, y2 = box
     return {
         "id": number, "image_id": image, "category_id": label, "iscrowd": int(crowd),
@@ -196,9 +191,10 @@ def _annotation(
     }  # fmt: skip
 
 
-def _as_coco(
+def as_coco(
     images: Sequence[int], annotations: list[dict[str, Any]], class_names: Sequence[str]
 ) -> COCO:
+    """Ground truth that `COCOeval` scores against; class n is called `class_names[n]`."""
     truth = COCO()
     truth.dataset = {
         "info": {},
@@ -212,7 +208,7 @@ def _as_coco(
 
 
 class CocoSplit:
-    """One split of a COCO tree; image n is the n-th image id in ascending order.
+    """A COCO annotation file and its pictures; image n is the n-th image id in ascending order.
 
     Crowds and boxes without area are not trained on; without `keep_empty` neither are images that
     have nothing else. With `annotation_ids` the targets hold the numbers of their annotations as
@@ -220,20 +216,20 @@ class CocoSplit:
     """
 
     def __init__(
-        self, root: Path, split: str, *, annotation_ids: bool = False, keep_empty: bool = True
+        self,
+        pictures: Path,
+        annotations: Path,
+        *,
+        annotation_ids: bool = False,
+        keep_empty: bool = True,
     ) -> None:
-        pictures, annotations = root / split, root / "annotations" / f"instances_{split}.json"
-        for path in (pictures, annotations):
-            if not path.exists():
-                raise SystemExit(f"No COCO data in {root}: {path} is missing.")
+        self.annotations = annotations
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.source = CocoDetection(str(pictures), str(annotations))
-        except (json.JSONDecodeError, KeyError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise SystemExit(f"{annotations} is not a COCO annotation file: {error}.") from None
         self.truth: COCO = self.source.coco
-        if min(self.truth.getCatIds(), default=0) < 1:
-            raise SystemExit(f"{annotations} needs categories with ids from 1; 0 is background.")
         if not keep_empty:
             annotated = self.truth.imgToAnns
             self.source.ids = [i for i in self.source.ids if any(map(_trains, annotated[i]))]
@@ -250,7 +246,7 @@ class CocoSplit:
         for annotation in annotations:
             x, y, width, height = annotation["bbox"]
             boxes.append([x, y, x + width, y + height])
-        target = _target(boxes, [annotation["category_id"] for annotation in annotations])
+        target = target_of(boxes, [annotation["category_id"] for annotation in annotations])
         if self.annotation_ids:
             ids = [annotation["id"] for annotation in annotations]
             target["ids"] = torch.tensor(ids, dtype=torch.int64)
@@ -269,48 +265,8 @@ def _trains(annotation: dict[str, Any]) -> bool:
     return width > 0 and height > 0 and not annotation.get("iscrowd", 0)
 
 
-class VocSplit:
-    """One split of a VOC tree; boxes marked difficult are not trained on."""
-
-    def __init__(self, root: Path, split: str) -> None:
-        years = sorted(path.name[3:] for path in (root / "VOCdevkit").glob("VOC20*"))
-        if not years:
-            raise SystemExit(f"No VOC data in {root}: VOCdevkit/VOC<year> is missing.")
-        try:
-            self.source = VOCDetection(str(root), year=years[-1], image_set=split)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise SystemExit(f"No VOC {split} split in {root}: {error}.") from None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        picture, annotation = self.source[index]
-        objects = [o for o in _objects(annotation) if not o[2]]
-        target = _target([box for box, _, _ in objects], [label for _, label, _ in objects])
-        return pil_to_tensor(picture).float() / 255, target
-
-    def ground_truth(self) -> COCO:
-        """All boxes; the difficult ones neither help nor harm the score."""
-        annotations: list[dict[str, Any]] = []
-        for image, file in enumerate(self.source.annotations):
-            parsed = self.source.parse_voc_xml(ElementTree.parse(file).getroot())
-            for box, label, difficult in _objects(parsed):
-                annotations.append(_annotation(len(annotations) + 1, image, label, box, difficult))
-        return _as_coco(range(len(self)), annotations, VOC_CLASSES)
-
-
-def _objects(annotation: dict[str, Any]) -> Iterator[tuple[list[float], int, bool]]:
-    """Box xyxy (from 0), label and difficulty of each object of a parsed VOC annotation."""
-    for item in annotation["annotation"].get("object", []):
-        corners = [float(item["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
-        box = [corners[0] - 1, corners[1] - 1, corners[2], corners[3]]
-        if item["name"] not in VOC_CLASSES:
-            raise SystemExit(f"{item['name']!r} is not one of the 20 classes of VOC.")
-        yield box, VOC_CLASSES.index(item["name"]), item.get("difficult", "0") == "1"
-
-
-def _target(boxes: list[list[float]], labels: list[int]) -> Target:
+def target_of(boxes: list[list[float]], labels: list[int]) -> Target:
+    """Boxes xyxy and their labels as tensors, also where there are none."""
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
@@ -324,8 +280,15 @@ def load_coco(
 
     The options are those of `CocoSplit`, for the training split.
     """
-    train = CocoSplit(root, "train2017", annotation_ids=annotation_ids, keep_empty=keep_empty)
-    validation = CocoSplit(root, "val2017")
+    train = CocoSplit(
+        *_coco_paths(root, "train2017"), annotation_ids=annotation_ids, keep_empty=keep_empty
+    )
+    validation = CocoSplit(*_coco_paths(root, "val2017"))
+    for split in (train, validation):
+        if min(split.truth.getCatIds(), default=0) < 1:
+            raise SystemExit(
+                f"{split.annotations} needs categories with ids from 1; 0 is background."
+            )
     categories = {c["id"]: c["name"] for c in train.truth.loadCats(train.truth.getCatIds())}
     unknown = set(validation.truth.getCatIds()) - set(categories)
     if unknown:
@@ -334,8 +297,9 @@ def load_coco(
     return DetectionData("coco", train, validation, validation.truth, names, COCO_AREAS, flip=True)
 
 
-def load_voc(root: Path) -> DetectionData:
-    """`root`/VOCdevkit/VOC<year>, the newest year found; splits "train" and "val"."""
-    train, validation = VocSplit(root, "train"), VocSplit(root, "val")
-    truth = validation.ground_truth()
-    return DetectionData("voc", train, validation, truth, VOC_CLASSES, COCO_AREAS, flip=True)
+def _coco_paths(root: Path, split: str) -> tuple[Path, Path]:
+    pictures, annotations = root / split, root / "annotations" / f"instances_{split}.json"
+    for path in (pictures, annotations):
+        if not path.exists():
+            raise SystemExit(f"No COCO data in {root}: {path} is missing.")
+    return pictures, annotations

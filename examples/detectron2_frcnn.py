@@ -44,7 +44,7 @@ from coco_eval import METRICS
 from detection_data import COCO_AREAS
 from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, make_scenes
 from distillation import STUDIED, Knowledge
-from report import ROWS, table
+from report import row_name, table
 
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
@@ -311,8 +311,8 @@ def distil_digits(args: argparse.Namespace) -> dict[str, Any]:
 
     for arm, way in (("none", None), ("gk", distil)):
         cfg = config("student", f"student_{arm}")
-        _, rows[ROWS[arm]] = train(cfg, ROWS[arm], way, resume=args.resume)
-    plain, slow = (rows[ROWS[arm]]["seconds"] for arm in ("none", "gk"))
+        _, rows[row_name(arm)] = train(cfg, row_name(arm), way, resume=args.resume)
+    plain, slow = (rows[row_name(arm)]["seconds"] for arm in ("none", "gk"))
     small, medium = COCO_AREAS
     metrics = {
         "models": rows,
@@ -365,8 +365,8 @@ def distil_configs(args: argparse.Namespace) -> dict[str, Any]:
         steps = cfg.SOLVER.MAX_ITER
         return terms.distiller(student, teacher, num_classes(cfg), steps, max(0, cfg.SEED))
 
-    _, row = train(cfg, ROWS["gk"], distil, resume=args.resume)
-    return {"models": {ROWS["gk"]: row}, "knowledge": dataclasses.asdict(terms)}
+    _, row = train(cfg, row_name("gk"), distil, resume=args.resume)
+    return {"models": {row_name("gk"): row}, "knowledge": dataclasses.asdict(terms)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -14,16 +13,14 @@ import torch
 import storage
 from detectors import TEACHER_ITERATIONS, detector_names
 from distillation import Knowledge
+from methods import known_methods, read_method
 
 # A run may be continued with other values of these.
 _FREE = ("resume", "output", "cache", "log_dir", "workers", "processes")
 
 
-STATES = ("teacher", "start", "none", "gk")
-
-
 def state_file(args: argparse.Namespace, name: str) -> Path:
-    """Where the training `name`, one of `STATES`, can be resumed from."""
+    """Where a training can be resumed from: "teacher", "start", "none" or a method."""
     path: Path = args.output / "state" / f"{name}.pt"
     return path
 
@@ -38,6 +35,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=("digits", "coco", "voc"), default="digits")
     data.add_argument("--root", type=Path, help="folder of the COCO or VOC tree")
+    for split in ("train", "validation"):
+        data.add_argument(
+            f"--{split}",
+            type=Path,
+            nargs="+",
+            metavar=("PICTURES", "ANNOTATIONS"),
+            help="data of your own: a folder and a COCO json, or a folder of VOC's XML files",
+        )
+    data.add_argument("--no-flip", action="store_true", help="do not mirror pictures of your own")
     data.add_argument(
         "--scenes", type=int, nargs=2, default=(8000, 600), metavar=("TRAIN", "VALIDATION")
     )
@@ -54,7 +60,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     models.add_argument("--teacher-iterations", type=int, help=f"default {TEACHER_ITERATIONS}")
     models.add_argument("--side", type=int, default=96, help="px that the small detectors look at")
     method = parser.add_argument_group("distillation")
-    method.add_argument("--method", choices=("none", "gk"), default="gk")
+    method.add_argument(
+        "--method",
+        default="gk",
+        help="none or one or several joined by +: " + ", ".join(known_methods()),
+    )
+    method.add_argument(
+        "--share",
+        type=float,
+        help="set all weights so that each term has this share of the detection loss's gradient",
+    )
     method.add_argument("--no-baseline", action="store_true", help="only the distilled student")
     for term in ("foreground", "background", "relation", "logits"):
         weight = getattr(known, term)
@@ -91,8 +106,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     training.add_argument("--resume", action="store_true", help="continue the run in --output")
     training.add_argument("--log-dir", type=Path, help="for TensorBoard")
     args = parser.parse_args(arguments)
+    if args.train or args.validation:
+        if not (args.train and args.validation):
+            raise SystemExit("--train and --validation belong together.")
+        if max(len(args.train), len(args.validation)) > 2:
+            raise SystemExit("--train and --validation take PICTURES and ANNOTATIONS, no more.")
+        args.data = "own"
     digits = args.data == "digits"
-    if not digits and args.root is None:
+    if args.method != "none":
+        args.method = read_method(args.method)
+        if args.prototype_images and "gk" not in args.method.split("+"):
+            raise SystemExit("--prototype-images needs gk in --method, which keeps prototypes.")
+    if args.share is not None and args.share <= 0:
+        raise SystemExit("--share must be greater than 0.")
+    if not digits and args.data != "own" and args.root is None:
         raise SystemExit(f"--data {args.data} needs --root, the folder of the data set.")
     if args.teacher_weights and args.train_teacher:
         raise SystemExit("Give --teacher-weights or --train-teacher, not both.")
@@ -115,8 +142,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def knowledge(args: argparse.Namespace) -> Knowledge:
-    """What to transfer; other data than digits has larger objects and takes the paper's sizes."""
-    terms = Knowledge(
+    """What to transfer by global knowledge, with sizes for digits."""
+    return Knowledge(
         foreground=args.foreground,
         background=args.background,
         relation=args.relation,
@@ -128,9 +155,6 @@ def knowledge(args: argparse.Namespace) -> Knowledge:
         refresh_every=args.refresh_every,
         prototype_images=args.prototype_images,
     )
-    if args.data == "digits":
-        return terms
-    return dataclasses.replace(terms, finest_scale=None, min_side=30.0)
 
 
 def prepare_process(args: argparse.Namespace) -> None:
@@ -152,19 +176,18 @@ def prepare(args: argparse.Namespace) -> None:
     storage.require_disk(args.output, 2**20, "the output")
     note_options(args, _FREE)
     if not args.resume:  # what an earlier run left to resume is not ours
-        for state in STATES:
-            state_file(args, state).unlink(missing_ok=True)
+        for state in state_file(args, "none").parent.glob("*.pt"):
+            state.unlink()
 
 
 def note_options(args: argparse.Namespace, free: Collection[str]) -> None:
     """Write the options to `options.json`; `--resume` wants them again, but for `free` ones."""
     note = args.output / "options.json"
     options = {
-        name: str(value) if isinstance(value, Path) else value
+        name: json.loads(json.dumps(value, default=str))
         for name, value in sorted(vars(args).items())
         if name not in free
     }
-    options = json.loads(json.dumps(options))
     if args.resume:
         if not note.is_file():
             raise SystemExit(f"Cannot resume: there is no run in {args.output}.")

@@ -19,7 +19,10 @@ from distillation import Experiment, Log
 from plots import draw_curves, draw_predictions, draw_prototypes
 from training import Run
 
-ROWS = {"none": "student", "gk": "student + gk"}
+
+def row_name(method: str) -> str:
+    """What a student is called in tables and plots."""
+    return "student" if method == "none" else f"student + {method}"
 
 
 def collect(
@@ -38,7 +41,10 @@ def collect(
             "seconds": None if done is None else round(done.seconds, 2),
             "curve": [] if done is None else done.scores,
         }
-    slow, plain = (rows.get(ROWS[arm], {}).get("seconds") for arm in ("gk", "none"))
+    slow, plain = (
+        rows.get(row_name(arm), {}).get("seconds") if args.method != "none" else None
+        for arm in (args.method, "none")
+    )
     small, medium = data.areas
     return {
         "models": rows,
@@ -80,11 +86,12 @@ def tensorboard(folder: Path | None) -> Log | None:
 
 def table(metrics: dict[str, Any]) -> str:
     """The result for people: AP in percent, one line a model."""
-    lines = ["".join([f"\n{'':14}", *(f"{name:>7}" for name in METRICS), "  params  train s"])]
+    width = max(14, 2 + max(map(len, metrics["models"])))
+    lines = ["".join([f"\n{'':{width}}", *(f"{name:>7}" for name in METRICS), "  params  train s"])]
     for name, row in metrics["models"].items():
         seconds = "kept" if row["seconds"] is None else f"{row['seconds']:.0f}"
         scores = "".join(f"{100 * row[metric]:7.1f}" for metric in METRICS)
-        lines.append(f"{name:14}{scores}{row['parameters'] / 1e6:6.2f} M{seconds:>9}")
+        lines.append(f"{name:{width}}{scores}{row['parameters'] / 1e6:6.2f} M{seconds:>9}")
     if metrics["overhead"] is not None:
         lines[-1] += f"  (distillation {100 * metrics['overhead']:+.0f} % time)"
     small, medium = (round(metrics["areas"][size][1] ** 0.5) for size in ("small", "medium"))
@@ -110,6 +117,6 @@ def draw(
     draw_curves(students, teacher_ap, experiment.curve_images, folder / "curves.png")
     shown = range(min(4, len(data.validation)))
     draw_predictions(models, data, folder / "predictions.png", images=shown)
-    if kd is not None:
+    if kd is not None and any(loss.keeps_prototypes for loss in kd.losses.values()):
         path, level = folder / "prototypes.png", len(kd.loss.rdm.strides) // 2
         draw_prototypes(kd, data, level, path, images=200, device=args.device)

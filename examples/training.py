@@ -21,6 +21,8 @@ from detection_data import Batch, DetectionSet, epoch_batches, to_device
 from global_kd import Distiller
 
 Scores = dict[str, float]
+_FIRST = 5  # iterations that may be slower; as many are timed
+LONG = 1800.0  # seconds; who trains longer is told so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Trainer:
     ) -> None:
         self.model, self.recipe, self.kd, self.workers = model, recipe, kd, workers
         self.run = Run()
+        self._last: dict[str, Tensor] = {}
+        self._since = 0.0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if kd is not None:
             self.parameters += list(kd.parameters())
@@ -88,16 +92,15 @@ class Trainer:
         half = recipe.amp and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)  # bfloat16 needs no scaling
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One iteration on a batch that is on the device; returns each term of the loss."""
-        images, targets = batch
+    def precision(self) -> torch.autocast:
+        """The region in which the losses are computed."""
+        kind = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        return torch.autocast(self.device.type, kind, enabled=self.recipe.amp)
+
+    def update(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step down the sum of these terms, which come back detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.run.iteration)
-        kind = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        with torch.autocast(self.device.type, kind, enabled=self.recipe.amp):
-            losses: dict[str, Tensor] = self.model(images, targets)
-            if self.kd is not None:
-                losses = losses | self.kd(images, targets)
         total = sum(losses.values(), torch.zeros((), device=self.device))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
@@ -106,9 +109,19 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.run.iteration += 1
-        return {name: loss.detach() for name, loss in losses.items()}
+        self._last = {name: loss.detach() for name, loss in losses.items()}
+        return self._last
 
-    def fit(
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration on a batch that is on the device; returns each term of the loss."""
+        images, targets = batch
+        with self.precision():
+            losses: dict[str, Tensor] = self.model(images, targets)
+            if self.kd is not None:
+                losses = losses | self.kd(images, targets)
+        return self.update(losses)
+
+    def batches(
         self,
         data: DetectionSet,
         *,
@@ -118,11 +131,12 @@ class Trainer:
         evaluate: Callable[[nn.Module], Scores] | None = None,
         log: Callable[[str, float, int], None] | None = None,
         before_epoch: Callable[[], None] | None = None,
-    ) -> Run:
-        """Train to the recipe's last iteration, from wherever `load` or a former `fit` left off.
+    ) -> Iterator[Batch]:
+        """Batches to the recipe's last iteration, from wherever `load` or a former run left off.
 
-        `state` is written after each epoch, at the end and on Ctrl-C (then `Interrupted` is
-        raised). `log` gets (name, value, iteration); `before_epoch` may renew the prototypes.
+        Call `update` or `step` once for each. `state` is written after each epoch, at the end and
+        on Ctrl-C (then `Interrupted` is raised). `log` gets (name, value, iteration);
+        `before_epoch` may renew the prototypes.
         """
         recipe, run = self.recipe, self.run
         per_epoch = max(1, len(data) // recipe.batch_size)
@@ -149,10 +163,11 @@ class Trainer:
                     workers=self.workers,
                 )
                 for batch in to_device(batches, self.device):
-                    losses = self.step(batch)
+                    yield batch
                     run.seconds += time.perf_counter() - start
                     bar.update()
-                    self._note(losses, bar, log)
+                    self._estimate(bar, run.iteration - done)
+                    self._note(self._last, bar, log)
                     if evaluate is not None and run.iteration in marks:
                         scores = evaluate(self.model)
                         run.scores.append({"iteration": run.iteration, **scores})
@@ -169,7 +184,22 @@ class Trainer:
                     self.save(state)
                 if interrupts:
                     raise Interrupted
-        return run
+
+    def _estimate(self, bar: Any, steps: int) -> None:
+        """After the first steps: how long the rest will take, where that is long."""
+        if steps == _FIRST:
+            self._since = self.run.seconds
+        if steps == 2 * _FIRST:
+            each = (self.run.seconds - self._since) / _FIRST
+            left = each * (self.recipe.iterations - self.run.iteration)
+            if left > LONG:
+                bar.write(f"{bar.desc}: {each:.1f} s an iteration, {left / 3600:.1f} hours to go.")
+
+    def fit(self, data: DetectionSet, **options: Any) -> Run:
+        """Train to the recipe's last iteration; the options are those of `batches`."""
+        for batch in self.batches(data, **options):
+            self.step(batch)
+        return self.run
 
     def _note(
         self, terms: dict[str, Tensor], bar: Any, log: Callable[[str, float, int], None] | None

@@ -188,6 +188,23 @@ class TestOneProcess:
         ids, valid = training.kd.loss.bank.ids, training.kd.loss.bank.valid
         assert valid.any() and set(ids[valid].tolist()) <= set(training.data.train.truth.anns)
 
+    def test_another_method_with_its_share(self, coco, tmp_path, capsys):
+        size = detectors.SIZES["small-teacher"]
+        teacher = tmp_path / "teacher.pt"
+        torch.save(detectors.small_retinanet(size, 6).state_dict(), teacher)
+        output = tmp_path / "output"
+        options = "--quick --arch retinanet --method frs+pkd --share 0.2".split()
+        options += ["--data", str(coco), "--teacher", str(teacher), "--output", str(output)]
+        training = run(options)
+        assert "shares of" in capsys.readouterr().out
+        losses = training.history[-1]["losses"]
+        assert losses.keys() >= {"kd_frs_features", "kd_frs_classes", "kd_pkd"}
+        weights = {name: loss.weights for name, loss in training.kd.losses.items()}
+        assert weights["pkd"][""] != 10
+        resumed = run([*options, "--resume"])
+        assert "shares of" not in capsys.readouterr().out
+        assert {name: loss.weights for name, loss in resumed.kd.losses.items()} == weights
+
     @pytest.mark.slow
     @pytest.mark.parametrize("arch", ARCHS)
     def test_the_real_detectors_take_a_step(self, coco, tmp_path, monkeypatch, arch):

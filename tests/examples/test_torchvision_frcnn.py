@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import detectors
+import job
 import torchvision_frcnn
 from digit_scenes import SceneSettings
 from small_detectors import SIZES, small_faster_rcnn
@@ -28,7 +29,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(torchvision_frcnn, "draw", lambda *arguments: None)
+    monkeypatch.setattr(job, "draw", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -111,10 +112,10 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tiny, tmp_path, monkeypat
     options, output = tiny
     run(options)
     broken = tmp_path / "broken"
-    step, arms_begun = Trainer.step, []
+    update, arms_begun = Trainer.update, []
 
-    def step_and_press_ctrl_c(self, batch):
-        losses = step(self, batch)
+    def update_and_press_ctrl_c(self, losses):
+        losses = update(self, losses)
         if self.run.iteration == 1:
             arms_begun.append(self)
         if len(arms_begun) == ("none", "gk").index(arm) + 1 and self.run.iteration == 4:
@@ -123,7 +124,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tiny, tmp_path, monkeypat
 
     options[options.index(str(output))] = str(broken)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step_and_press_ctrl_c)
+        patch.setattr(Trainer, "update", update_and_press_ctrl_c)
         with pytest.raises(SystemExit) as stopped:
             run(options)
     assert stopped.value.code == 130
@@ -140,6 +141,52 @@ def test_all_weights_zero_is_no_distillation(tiny):
     options, output = tiny
     run(options, *"--foreground 0 --background 0 --relation 0 --logits 0".split())
     assert equal(weights(output, "none"), weights(output, "gk"))
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("frs", {"kd_frs_features"}),
+        ("GK+PKD", {"kd_foreground", "kd_logits", "kd_pkd"}),
+        ("fgd+mgd", {"kd_fgd_foreground", "kd_fgd_relation", "kd_mgd"}),
+    ],
+)
+def test_other_methods(tiny, method, terms, capsys):
+    options, output = tiny
+    run(options, "--method", method, "--no-baseline", "--share", 0.2)
+    assert "shares of" in capsys.readouterr().out
+    state = torch.load(output / "state" / f"{method.lower()}.pt", weights_only=True)
+    assert state["run"]["losses"][-1].keys() > terms
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert list(metrics["models"]) == ["teacher", f"student + {method.lower()}"]
+    assert (output / f"student_{method.lower()}.pt").is_file()
+
+
+def test_every_method_of_the_docs_has_a_name():
+    from methods import known_methods
+
+    page = (EXAMPLES.parent / "docs" / "methods.md").read_text()
+    written = {
+        line[3:] for line in page.splitlines() if line.startswith("## ") and " " not in line[3:]
+    }
+    assert {loss.__name__ for loss in known_methods().values()} == written
+    assert all(n in ("gk", loss.__name__.lower()) for n, loss in known_methods().items())
+
+
+def test_a_resumed_run_keeps_the_weights_of_its_share(tiny, monkeypatch, capsys):
+    options, output = tiny
+    options += ["--method", "pkd", "--no-baseline", "--share", "0.2"]
+    run(options)
+    weights_of = weights(output, "pkd")
+    first = output / "state" / "pkd.pt"
+    before = torch.load(first, weights_only=True)["kd"]
+    capsys.readouterr()
+    run(options, "--resume")
+    assert "shares of" not in capsys.readouterr().out
+    after = torch.load(first, weights_only=True)["kd"]
+    extra = "losses.pkd._extra_state"
+    assert torch.equal(before[extra], after[extra]) and before[extra][1] not in (-1, 6)
+    assert equal(weights_of, weights(output, "pkd"))
 
 
 @pytest.mark.slow
@@ -217,7 +264,8 @@ def test_other_data(tmp_path, data):
 
 
 def test_what_the_trees_are_read_as(tmp_path):
-    from detection_data import box_id, epoch_batches, find_box, load_coco, load_voc
+    from detection_data import box_id, epoch_batches, find_box, load_coco
+    from voc_data import load_voc
 
     coco = load_coco(write_coco(tmp_path / "coco"))
     assert coco.class_names == ["background", "-", "green", "-", "-", "red"]
@@ -274,6 +322,15 @@ class TestErrors:
             ("--resume", "Cannot resume: there is no run in"),
             ("--device cuda:7", r"--device cuda:7 cannot be used: "),
             ("--train-teacher", "Give --teacher-weights or --train-teacher, not both"),
+            ("--method gk+nkd", "unknown method 'nkd'; known are gk, "),
+            ("--method pkd+pkd", "names a method twice"),
+            ("--method dicod", "dicod needs a classifier, which only Python can give it"),
+            ("--method detrdistill", "--method detrdistill: losses: DETRDistill needs queries"),
+            ("--method pkd --prototype-images 9", "--prototype-images needs gk in --method"),
+            ("--share 0", "--share must be greater than 0"),
+            ("--train {tmp}", "--train and --validation belong together"),
+            ("--train {tmp}/a {tmp}/b --validation {tmp} {tmp}", r"There is no .*/a\.$"),
+            ("--train {tmp} --validation {tmp}", "There is no XML file in"),
             ("--batch-size 0", "--batch-size must be greater than 0"),
             ("--output {tmp}/garbage.pt/output", "Cannot make the folder"),
         ],
