@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
 from .hooks import evaluating, frozen, infer_strides, keeping_statistics, sharded_modules
+from .ops.boxes import pairwise_iou
 from .pyramid import align_levels, pair_levels
 from .step import Dense, Grid, Positives, RegionOutputs, Regions, Step, pair_dense
 from .targets import Targets
@@ -307,12 +308,7 @@ def _matched(proposals: Targets, truth: Targets) -> tuple[Targets, Tensor]:
     """Proposals with the ground truth that each overlaps by half or more (-1: none)."""
     if len(truth) == 0:
         return proposals, torch.full_like(proposals.labels, -1)
-    a, b = proposals.boxes.float(), truth.boxes.to(proposals.boxes.device).float()
-    corner = torch.maximum(a[:, None, :2], b[None, :, :2])
-    end = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    common = (end - corner).clamp(min=0).prod(dim=2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(dim=1) for x in (a, b)]
-    iou = common / (areas[0][:, None] + areas[1][None] - common).clamp(min=1e-9)
+    iou = pairwise_iou(proposals.boxes, truth.boxes.to(proposals.boxes.device))
     iou = iou * (proposals.image_index[:, None] == truth.image_index[None])
     best, box = iou.max(dim=1)
     box = torch.where(best >= 0.5, box, -1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..hooks import infer_strides
+from ..ops.boxes import iou
 from ..step import Dense, Grid
 from ..targets import Targets
 from .locations import beside, cells_of, rows_of
@@ -114,7 +115,7 @@ def sample(dense: Dense, truth: Targets) -> Sampled:
     centre = (cells[:, :2] + cells[:, 2:]) / 2
     inside = ((centre > boxes[:, None, :2]) & (centre < boxes[:, None, 2:])).all(dim=2)
     away = (centre - (boxes[:, None, :2] + boxes[:, None, 2:]) / 2).square().sum(dim=2)
-    rank = torch.where(inside, _iou(boxes[:, None], dense.boxes.detach()[image]), -1 - away)
+    rank = torch.where(inside, iou(boxes[:, None], dense.boxes.detach()[image]), -1 - away)
     if dense.valid is not None:
         valid = dense.valid if dense.valid.dim() == 1 else dense.valid[image]
         rank = rank.masked_fill(~valid, -torch.inf)
@@ -169,11 +170,3 @@ def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     x, y, w, h = boxes.unbind(dim=-1)
     sides = [(x - w / 2) * size[1], (y - h / 2) * size[0]]
     return torch.stack([*sides, (x + w / 2) * size[1], (y + h / 2) * size[0]], dim=-1)
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Of boxes ``(..., 4)`` that broadcast."""
-    corner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    shared = corner.clamp(min=0).prod(dim=-1)
-    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1) for x in (a, b)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..detectors import Detections
+from ..ops.boxes import pairwise_iou
 from ..targets import Targets
 
 SCORE = 0.3  # a detection counts from here on
@@ -77,7 +78,7 @@ def _agreement(
         )
         if not keep.any() or not mine.any():
             continue
-        iou = _iou(boxes[mine], x.boxes[keep].float() / scale)
+        iou = pairwise_iou(boxes[mine], x.boxes[keep].float() / scale)
         best, which = iou.max(dim=1)
         overlap += float(best.sum())
         hit = best >= _FOUND
@@ -90,11 +91,3 @@ def _agreement(
         {k: v / max(hits, 1) for k, v in named.items()},
         overlap / len(truth),
     )
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    corner = torch.maximum(a[:, None, :2], b[None, :, :2])
-    end = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    common = (end - corner).clamp(min=0).prod(dim=2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(dim=1) for x in (a, b)]
-    return common / (areas[0][:, None] + areas[1][None] - common).clamp(min=1e-9)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import _check
+from ..ops.boxes import iou
 from ..ops.cosine import unit_rows
 from ..ops.precision import accumulate
 from ..step import Queries, Step
@@ -91,22 +92,13 @@ def query_scores(queries: Queries, targets: Targets, weights: Tensor | None = No
         scores = logits.sigmoid().amax(dim=2)
     else:  # the last class is no object
         scores = logits.softmax(dim=2)[..., :-1].amax(dim=2)
-    overlap = _iou(accumulate(queries.boxes), targets.boxes.to(scores.dtype))
+    overlap = iou(accumulate(queries.boxes)[:, :, None], targets.boxes.to(scores.dtype))
     if weights is not None:
         overlap = overlap * weights.to(scores.dtype)
     images = torch.arange(len(scores), device=scores.device)
     here = (targets.image_index == images[:, None])[:, None]
     # A column of zeros stands for images without a box.
     return scores * functional.pad(overlap * here, (0, 1)).amax(dim=2)
-
-
-def _iou(queries: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union of ``(B, Q, 4)`` with ``(R, 4)``: ``(B, Q, R)``."""
-    a, b = queries[:, :, None], boxes[None, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    both = (high - low).clamp(min=0).prod(dim=3)
-    either = sum((x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1) for x in (a, b)) - both
-    return both / either.clamp(min=torch.finfo(both.dtype).tiny)
 
 
 class DETRDistill(DistillLoss):

@@ -73,6 +73,13 @@ def _mean(rows: Tensor, weights: Tensor, by: Tensor) -> Tensor:
     return (weights * rows).sum() / torch.where(total > 0, total, 1)
 
 
+def squares(priors: Tensor, grids: Sequence[Grid], side: float) -> Tensor:
+    """Boxes ``(N, 4)`` of ``side`` cells around the centres of these priors."""
+    centre = (accumulate(priors[:, :2]) + accumulate(priors[:, 2:])) / 2
+    half = torch.cat([centre.new_full((g.rows, 1), g.stride * side / 2) for g in grids])
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
 @torch.no_grad()
 def valuable_region(
     priors: Tensor,
@@ -137,7 +144,9 @@ class LD(DistillLoss):
               L_{classes} = \sum_{level} \operatorname{mean}_{i \in pos} \frac{\tau^2}{K}
               \mathrm{KL}(\mathrm{softmax}(t_i / \tau) \,\|\, \mathrm{softmax}(s_i / \tau))
 
-    Positives are those of the student's assigner; ``v`` is that of :func:`valuable_region`.
+    Positives are those of the student's assigner; ``v`` is the region of locations whose anchor
+    overlaps an object, but by less than the threshold of ATSS, and weighs their IoU. Where a head
+    has no anchors, or others, the paper's are taken, of one square a cell (``anchor``).
 
     Needs two heads with bins (GFL and its kin, YOLO before 26) at the same locations, and what the
     student's assigner says; for ``vlr`` anchors and ground truth. It takes no maps into account.
@@ -154,11 +163,13 @@ class LD(DistillLoss):
 
     Args:
         main: Weight, default 0.25.
-        vlr: Weight, default 0.25; 0 for heads without anchors.
+        vlr: Weight, default 0.25; its memory grows with boxes times locations, 0 leaves it out.
         classes: Weight, default 10.
         temperature: Of the sides.
         class_temperature: Of the classes.
         normalizer: See above.
+        anchor: Side of the region's anchors in cells, default that of GFL; ``None``: the head's own
+            priors, for heads with several anchors a cell.
         **common: See :class:`global_kd.losses.DistillLoss`. The paper's RetinaNet with bins takes
             ``main=5, vlr=0.15, class_temperature=8``.
     """
@@ -174,6 +185,7 @@ class LD(DistillLoss):
         temperature: float = 10.0,
         class_temperature: float = 2.0,
         normalizer: str = "constant",
+        anchor: float | None = 8.0,
         **common: Unpack[Common],
     ) -> None:
         _check.positive("temperature", temperature)
@@ -181,6 +193,9 @@ class LD(DistillLoss):
         _check.one_of("normalizer", normalizer, NORMALIZERS)
         self.temperature, self.class_temperature = temperature, class_temperature
         self.normalizer = normalizer
+        if anchor is not None:
+            _check.positive("anchor", anchor)
+        self.anchor = anchor
         self.needs = frozenset({"dense", "bins", "assigned"})
         if vlr != 0:
             self.needs |= {"priors", "targets"}
@@ -258,7 +273,10 @@ class LD(DistillLoss):
         assert student.bins is not None
         targets = step.targets
         boxes = targets.boxes, targets.image_index
-        weights = valuable_region(student.priors, student.grids, *boxes, counts)
+        priors = student.priors
+        if self.anchor is not None:  # cells overlap nothing: a region of cells is all but empty
+            priors = squares(priors, student.grids, self.anchor)
+        weights = valuable_region(priors, student.grids, *boxes, counts)
         sides = sides / student.bins.shape[-1]
         scale = 0.25 if self.normalizer == "constant" else 1.0  # released: 4 sides over 16
         return scale * self._reduce(sides, weights.to(sides.dtype), robust)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .. import _check
 from ..instances import assign_levels
+from ..ops.boxes import iou
 from ..ops.cells import box_cells, cell_members
 from ..ops.imitation import masked_error, paint_values
 from ..ops.logits import divergences
@@ -74,13 +75,6 @@ def _bells(boxes: Tensor, stride: float, height: int, width: int) -> Tensor:
         return (-away.square() / 2).exp() * members
 
     return bell(y1, y2, rows)[:, :, None] * bell(x1, x2, columns)[:, None, :]
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, ``(N,)``."""
-    inner = (a[:, 2:].minimum(b[:, 2:]) - a[:, :2].maximum(b[:, :2])).clamp(min=0).prod(dim=1)
-    areas = [(x[:, 2:] - x[:, :2]).clamp(min=0).prod(dim=1) for x in (a, b)]
-    return torch.where(inner > 0, inner / (areas[0] + areas[1] - inner), 0)
 
 
 def _encode(boxes: Tensor, proposals: Tensor, factors: Sequence[float]) -> Tensor:
@@ -215,7 +209,7 @@ class TAR(DistillLoss):
         student = regions.student.boxes_of(labels).to(proposals.dtype)
         teacher = regions.teacher.boxes_of(labels).detach().to(proposals.dtype)
         reference = proposals if self.reference == "proposal" else student.detach()
-        rows = (regions.box >= 0) & (_iou(teacher, truth) > _iou(reference, truth))
+        rows = (regions.box >= 0) & (iou(teacher, truth) > iou(reference, truth))
         s, t = (_encode(x, proposals, self.delta_factors) for x in (student, teacher))
         each = functional.smooth_l1_loss(s, t, reduction="none").sum(dim=1)
         return _mean(each, rows, weights)

@@ -1,4 +1,4 @@
-"""Overlap of boxes, xyxy, paired by broadcasting: ``(..., 4)`` with ``(..., 4)``.
+"""Overlap of boxes, xyxy: of pairs, by broadcasting ``(..., 4)`` with ``(..., 4)``, or of all.
 
 In at least float32: the area of a box of a few hundred pixels overflows half precision. Sides
 below 0 count as 0, and where nothing is covered the quotients are 0, with gradients of 0.
@@ -14,6 +14,11 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union ``(...)``, in [0, 1]; 0 where neither box has an area."""
     inter, union, _, _ = _overlap(a, b)
     return _ratio(inter, union)
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU ``(N, M)`` of each of ``(N, 4)`` with each of ``(M, 4)``."""
+    return iou(a[:, None], b[None])
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:

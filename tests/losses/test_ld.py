@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import global_kd.functional as F
+from global_kd.detectors.locations import cells_of
 from global_kd.losses import LD
-from global_kd.losses.ld import valuable_region
+from global_kd.losses.ld import squares, valuable_region
 from global_kd.ops.boxes import diou, iou
+from global_kd.step import Grid
 from tests.losses.dense_heads import (
     GRIDS,
     assigned,
@@ -79,7 +81,19 @@ def region(priors, grids, targets, counts):
     return weights
 
 
-def definition(student, teacher, ground, targets, normalizer="constant", weights=None):
+def anchors(dense, side):
+    """Squares of so many cells around the centres of the priors; `None`: the priors."""
+    found, start = dense.priors.tolist(), 0
+    for grid in dense.grids if side is not None else ():
+        for i in range(start, start + grid.rows):
+            x1, y1, x2, y2 = found[i]
+            x, y, half = (x1 + x2) / 2, (y1 + y2) / 2, side * grid.stride / 2
+            found[i] = [x - half, y - half, x + half, y + half]
+        start += grid.rows
+    return found
+
+
+def definition(student, teacher, ground, targets, normalizer="constant", weights=None, anchor=8.0):
     """The three weighted terms; of locations, `weights` are the robust ones."""
     batch, n, _ = student.logits.shape
     counts = [
@@ -90,7 +104,7 @@ def definition(student, teacher, ground, targets, normalizer="constant", weights
         ]
         for b in range(batch)
     ]
-    around = region(student.priors.tolist(), student.grids, targets, counts)
+    around = region(anchors(student, anchor), student.grids, targets, counts)
     bins = student.bins.shape[-1]
     main = vlr = main_by = vlr_by = classes = 0.0
     sums, numbers = [0.0, 0.0], [0, 0]
@@ -139,12 +153,13 @@ def values(terms):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("count", [0, 4])
-def test_equals_the_definition(seed, normalizer, count):
+@pytest.mark.parametrize("anchor", [8.0, 1.5, None])
+def test_equals_the_definition(seed, normalizer, count, anchor):
     student, teacher = both(seed, bins=5)
     ground, targets = assigned(seed, count=count), truth(seed, count=count)
-    loss = built(LD, normalizer=normalizer)
+    loss = built(LD, normalizer=normalizer, anchor=anchor)
     terms = loss(*FACTS, targets, dense=(student, teacher), assigned=ground)
-    expected = definition(student, teacher, ground, targets, normalizer)
+    expected = definition(student, teacher, ground, targets, normalizer, anchor=anchor)
     assert values(terms) == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert (values(terms)[1] > 0) == (count > 0)
 
@@ -164,6 +179,21 @@ def test_the_region(seed):
     expected = region(student.priors.tolist(), GRIDS, targets, counts)
     assert weights.tolist() == pytest.approx([pytest.approx(x, rel=1e-9) for x in expected])
     assert (weights > 0).any()
+
+
+@pytest.mark.parametrize("side", [60.0, 150.0, 400.0])
+def test_a_head_without_anchors_has_a_region(side):
+    """A cell overlaps no object of many cells: with cells for anchors the region is all but empty.
+
+    For objects of one or two cells the difference is small.
+    """
+    grids = tuple(Grid(s, 640 // s, 640 // s) for s in (8, 16, 32))
+    priors = cells_of(grids, torch.zeros(1))
+    box = torch.tensor([[-side / 2, -side / 2, side / 2, side / 2]]) + 311
+    given = grids, box, torch.zeros(1, dtype=torch.int64), torch.ones(1, len(priors)).bool()
+    region = valuable_region(squares(priors, grids, 8.0), *given)
+    cells = valuable_region(priors, *given)
+    assert (region > 0).sum() > 10 * (cells > 0).sum() and region.sum() > 40 * cells.sum() > 0
 
 
 def rows(n=5, bins=4, dtype=torch.float64):
@@ -319,6 +349,11 @@ def test_what_is_missing_is_named():
         built(LD)(*FACTS, truth(), dense=(student, both(bins=6)[1]), **facts)
     with pytest.raises(ValueError, match="student: expected shape"):
         F.localization_loss(torch.zeros(2, 4, 3), torch.zeros(2, 4, 4))
+
+
+def test_the_side_of_anchors_is_checked():
+    with pytest.raises(ValueError, match="anchor: expected a number > 0, but got 0"):
+        LD(anchor=0)
 
 
 def test_it_resumes():

@@ -60,6 +60,18 @@ def test_robust_rows_weigh_what_their_box_does_on_its_level():
     assert ones.item() == pytest.approx(plain.item(), rel=1e-12)
 
 
+def test_robust_rows_of_some_positives_weigh_by_their_own_boxes():
+    """Logits of rows 4, 0 and 2 of the positives: a teacher may lack the others."""
+    chosen = torch.tensor([4, 0, 2])
+    some = positives(3, dtype=torch.float64)
+    some = Positives(BOX, None, some.student, some.teacher, chosen)
+    omega = torch.rand(2, 4, dtype=torch.float64)
+    loss = built(SoftLabels, weight=1.0, robust=True)
+    value = loss(maps(), maps(), truth(), positives=some, omega=omega)["kd_soft_labels"]
+    expected = F.logit_loss(some.student, some.teacher, omega[0][BOX[chosen]])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_the_activation_is_the_detectors():
     rows = positives()
     loss = SoftLabels()

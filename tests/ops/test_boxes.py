@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from global_kd.ops.boxes import diou, giou, iou
+from global_kd.ops.boxes import diou, giou, iou, pairwise_iou
 
 ALL = pytest.mark.parametrize("overlap", [iou, giou, diou])
 
@@ -72,3 +72,12 @@ def test_finite_where_areas_vanish(overlap, box):
 def test_areas_beyond_half_precision(overlap):
     a, b = torch.tensor([[0.0, 0, 800, 1200]]), torch.tensor([[16.0, 0, 816, 1200]])
     assert overlap(a.half(), b.half()).item() == pytest.approx(overlap(a, b).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(3, 5), (0, 5), (3, 0)])
+def test_all_with_all(counts):
+    a, b = boxes(counts[0], 1), boxes(counts[1], 2)
+    expected = [[by_hand(iou, p, q) for q in b.tolist()] for p in a.tolist()]
+    found = pairwise_iou(a, b)
+    assert found.shape == counts
+    assert found.tolist() == [pytest.approx(row, rel=1e-12) for row in expected]
