@@ -130,7 +130,7 @@ class PrototypeGenerator(nn.Module):
         self._parts: list[_Rows] = []
         self._kept = self._pending = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._compile._disable_dynamo
     @torch.no_grad()
     def add(self, student: Tensor, teacher: Tensor, targets: Targets) -> None:
         """Offer rows: student ``(L, R, Cs)``, teacher ``(L, R, Ct)`` of the boxes of ``targets``.
