@@ -62,25 +62,13 @@ def torchvision_row(kind: str) -> Row:
     )
 
 
-def detectron2_row(kind: str) -> Row:
-    from . import test_detectron2 as tests
-
-    return Row(
-        "detectron2",
-        lambda: (tests.detector(kind), tests.detector(kind, 4)),
-        lambda: (tests.batch(kind),),
-        tests.step,
-        tests.NUM_CLASSES,
-    )
-
-
-def ultralytics_row(student: str, teacher: str, family: str = "DetectionModel") -> Row:
+def ultralytics_row(student: str, teacher: str) -> Row:
     from .cases import scenes
     from .cases_ultralytics import NUM_CLASSES, batch, model, step
 
     return Row(
         "ultralytics",
-        lambda: (model(student, family), model(teacher, family)),
+        lambda: (model(student), model(teacher)),
         lambda: (batch(scenes(), side=96),),
         step,
         NUM_CLASSES,
@@ -125,22 +113,11 @@ ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
     "torchvision RetinaNet": ("torchvision", lambda: torchvision_row("retinanet")),
     "torchvision FCOS": ("torchvision", lambda: torchvision_row("fcos")),
     "torchvision SSD": ("torchvision", lambda: torchvision_row("ssd")),
-    "Detectron2 Faster R-CNN": ("detectron2", lambda: detectron2_row("faster")),
-    "Detectron2 RetinaNet": ("detectron2", lambda: detectron2_row("retinanet")),
-    "Detectron2 FCOS": ("detectron2", lambda: detectron2_row("fcos")),
     "Ultralytics YOLOv8 <- YOLO11": (
         "ultralytics",
         lambda: ultralytics_row("yolov8n.yaml", "yolo11n.yaml"),
     ),
-    "Ultralytics YOLO26": ("ultralytics", lambda: ultralytics_row("yolo26n.yaml", "yolo26n.yaml")),
-    "Ultralytics RT-DETR": (
-        "ultralytics",
-        lambda: ultralytics_row(
-            "rtdetr-resnet50.yaml", "rtdetr-resnet50.yaml", "RTDETRDetectionModel"
-        ),
-    ),
     "transformers RT-DETR": ("transformers", lambda: transformers_row("rt_detr")),
-    "transformers D-FINE": ("transformers", lambda: transformers_row("d_fine")),
     "transformers DETR": ("transformers", lambda: transformers_row("detr")),
     "a detector of one's own": ("torch", own_row),
 }

@@ -8,12 +8,9 @@ import pytest
 from . import methods
 
 WRITTEN = json.loads(methods.RESULTS.read_text(encoding="utf-8"))
-LONG = {"Ultralytics RT-DETR"}  # minutes
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in methods.ROWS]
-)
+@pytest.mark.parametrize("name", methods.ROWS)
 @pytest.mark.filterwarnings("ignore")  # of the frameworks
 def test_methods_train_what_the_table_says(name):
     package, _ = methods.ROWS[name]
