@@ -170,7 +170,9 @@ def test_every_method_of_the_docs_has_a_name():
         line[3:] for line in page.splitlines() if line.startswith("## ") and " " not in line[3:]
     }
     assert {loss.__name__ for loss in known_methods().values()} == written
-    assert all(n.replace("_", "") in ("gk", loss.__name__.lower()) for n, loss in known_methods().items())
+    assert all(
+        n.replace("_", "") in ("gk", loss.__name__.lower()) for n, loss in known_methods().items()
+    )
 
 
 def test_a_resumed_run_keeps_the_weights_of_its_share(tiny, monkeypatch, capsys):
