@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,3 +28,20 @@ def every_form(request):
     """Both forms of an op that run on a processor; `tests/ops` holds the Triton twins."""
     with force(request.param):
         yield
+
+
+# Written after these lines were last held against the oldest torch.
+_WHOLE_GRAPHS = re.compile(
+    r"losses/test_(base|bckd|cosine|crosskd|cwd|defeat|detrdistill|dicod|fbkd|fgd|fgfi|frs|ld|mgd"
+    r"|pfi|pkd|rows|tar|soft_labels|global_knowledge)\.py.*(compil|graph|trace)"
+    r"|hooks/test_record\.py.*compiled|test_several_losses\.py.*compiled"
+)
+
+
+def pytest_collection_modifyitems(items):
+    """torch.compile of 2.4 cannot trace all that the newest traces; losses run eagerly there."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):
+        return
+    for item in items:
+        if _WHOLE_GRAPHS.search(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason="whole graphs of losses need torch 2.6"))

@@ -91,7 +91,8 @@ class Common(TypedDict, total=False):
 
 def applied(module: nn.Module, x: Tensor) -> Tensor:
     """What a module of a loss makes of a map, which may be of another dtype."""
-    weight = next(module.parameters(), x)
+    own = list(module.parameters())  # torch 2.4 traces no next() with a default
+    weight = own[0] if own else x
     # Maps of an autocast forward may arrive outside of it.
     cast = not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype
     return module(x.to(weight.dtype) if cast else x)  # type: ignore[no-any-return]
