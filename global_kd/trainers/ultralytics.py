@@ -31,7 +31,8 @@ class DistillationTrainer(DetectionTrainer):
     Attributes:
         teacher: Checkpoint or YAML of a detector, or a network.
         losses: What to distil: one loss or several, or a function that makes them (each training
-            needs new ones); ``None``: global knowledge with its defaults.
+            needs new ones; in the body of a class write ``@staticmethod``); ``None``: global
+            knowledge with its defaults.
 
     Example:
         >>> trainer = DistillationTrainer.of("yolo11x.pt", PKD)  # doctest: +SKIP

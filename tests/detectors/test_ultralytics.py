@@ -429,6 +429,7 @@ def test_the_trainer_of_the_documentation(data_set):
     class Trainer(DistillationTrainer):
         teacher = str(data_set / "teacher.pt")
 
+        @staticmethod
         def losses():
             return GlobalKnowledgeLoss(3, min_side=4, refresh_every=1)
 
