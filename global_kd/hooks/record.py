@@ -61,32 +61,32 @@ def _copied(value: Any, twins: _Twins, tensors: list[Tensor], clone: bool, depth
         tensors.append(value)
         return twins.add(value, value.clone() if clone else value)
 
-    def inner(x: Any) -> Any:
-        return _copied(x, twins, tensors, clone, depth)
-
+    rest = (twins, tensors, clone, depth)  # no closure: torch.compile of 2.4 traces none that recurs
     if type(value) is list:
         items = twins.add(value, [])
         for x in value:
-            items.append(inner(x))
+            items.append(_copied(x, *rest))
         return items
     if type(value) is dict:
         entries = twins.add(value, {})
         for key, x in value.items():
-            entries[key] = inner(x)
+            entries[key] = _copied(x, *rest)
         return entries
     if isinstance(value, tuple):
-        parts = [inner(x) for x in value]
+        parts = []
+        for x in value:
+            parts.append(_copied(x, *rest))
         if type(value) is tuple:
             return tuple(parts)
         if hasattr(value, "_fields"):  # a named tuple
             return type(value)(*parts)
         return value if isinstance(value, torch.Size) else tuple(parts)
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-        return {key: inner(x) for key, x in value.items()}
+        return {key: _copied(x, *rest) for key, x in value.items()}
     if isinstance(value, (list, Mapping)):
         twin = twins.add(value, copy.copy(value))
         for key, x in list(enumerate(value) if isinstance(value, list) else value.items()):
-            if (new := inner(x)) is not x:
+            if (new := _copied(x, *rest)) is not x:
                 twin[key] = new
         return twin
     return _copied_object(value, twins, tensors, clone, depth - 1) if depth else value
