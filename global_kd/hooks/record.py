@@ -61,7 +61,8 @@ def _copied(value: Any, twins: _Twins, tensors: list[Tensor], clone: bool, depth
         tensors.append(value)
         return twins.add(value, value.clone() if clone else value)
 
-    rest = (twins, tensors, clone, depth)  # no closure: torch.compile of 2.4 traces none that recurs
+    # No closure: torch.compile of 2.4 traces none that calls itself.
+    rest = (twins, tensors, clone, depth)
     if type(value) is list:
         items = twins.add(value, [])
         for x in value:
