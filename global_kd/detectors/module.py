@@ -136,6 +136,12 @@ class ModuleDetector(MapsOnly):
 
     def _refuse_permuted(self, look: Look, argument: str) -> None:
         """Once: a grid of channels, as maps (B, H, W, C) have that are taken for (B, C, H, W)."""
+        if not look.maps:
+            raise ValueError(
+                f"{argument}: expected a module that puts out maps (B, C, H, W), but "
+                f"{self.taps['features']!r} puts out none; find_pyramids(model, *example_inputs) "
+                "lists modules that do"
+            )
         for x in look.maps:
             _, first, second, third = x.shape
             if not x.numel() or explaining_stride(look.view.size, (second, third)) is not None:

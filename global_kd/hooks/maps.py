@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 def feature_maps(output: Any) -> list[Tensor]:
     """The 4-D tensors ``(B, C, H, W)`` of a module's output, in its own order, each once.
 
-    Understands a tensor, a list or tuple, a mapping, a data class, an object with a
-    ``feature_maps`` or ``tensors`` attribute (backbone outputs, nested tensors), and any nesting of
-    these, such as lists of pairs of a map and its mask ``(B, H, W)``.
+    Understands a tensor, a list, tuple or deque, a mapping, a data class, an object with a
+    ``feature_maps`` or ``tensors`` attribute (backbone outputs, nested tensors) or with maps as
+    attributes, and any nesting of these, such as lists of pairs of a map and its mask
+    ``(B, H, W)``.
     """
     return [x for x in tensors_in(output) if x.dim() == 4]
 
@@ -24,7 +25,7 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, Mapping):
         inner = list(value.values())
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (tuple, MutableSequence)):  # a deque is one, too
         inner = list(value)
     elif isinstance(value, (type, nn.Module)):
         return []
@@ -34,8 +35,12 @@ def tensors_in(value: Any) -> list[Tensor]:
         inner = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     elif isinstance(tensors := getattr(value, "tensors", None), Tensor):
         return [tensors]
-    else:
-        return []
+    else:  # attributes of an object of somebody's own; not objects within that object
+        inner = (
+            [x for x in vars(value).values() if isinstance(x, (Tensor, Mapping, list, tuple))]
+            if hasattr(value, "__dict__") and not callable(value)
+            else []
+        )
     return list({id(x): x for item in inner for x in tensors_in(item)}.values())
 
 

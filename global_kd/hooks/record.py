@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, MutableSequence
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -84,9 +84,9 @@ def _copied(value: Any, twins: _Twins, tensors: list[Tensor], clone: bool, depth
         return value if isinstance(value, torch.Size) else tuple(parts)
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return {key: _copied(x, *rest) for key, x in value.items()}
-    if isinstance(value, (list, Mapping)):
+    if isinstance(value, (MutableSequence, Mapping)):  # a deque is one, too
         twin = twins.add(value, copy.copy(value))
-        for key, x in list(enumerate(value) if isinstance(value, list) else value.items()):
+        for key, x in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
             if (new := _copied(x, *rest)) is not x:
                 twin[key] = new
         return twin

@@ -100,3 +100,9 @@ def test_images_of_any_number_of_channels(channels):
     images = torch.rand(1, channels, 32, 32)
     detector = ModuleDetector(model, "0", (images,))
     assert torch.equal(detector.look(detector.example()).maps[0], model(images))
+
+
+def test_a_named_module_without_maps_is_told_at_once():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(4 * 16, 2))
+    with pytest.raises(ValueError, match="puts out maps .*but '1' puts out none"):
+        ModuleDetector(model, "1", (torch.rand(1, 3, 32, 32),))

@@ -6,6 +6,8 @@ import gc
 import io
 import pickle
 import weakref
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -459,6 +461,8 @@ def test_feature_maps_sees_through_nesting_and_gives_each_map_once():
     a, b, mask = torch.rand(1, 2, 4, 4), torch.rand(1, 2, 2, 2), torch.ones(1, 4, 4)
     assert list(map(id, feature_maps([(a, mask), (b, mask)]))) == [id(a), id(b)]
     assert list(map(id, feature_maps({"levels": [Nested(a), b], "last": b}))) == [id(a), id(b)]
+    assert list(map(id, feature_maps(deque([a, b])))) == [id(a), id(b)]
+    assert list(map(id, feature_maps(SimpleNamespace(p3=a, p4=[b], n=3)))) == [id(a), id(b)]
     assert feature_maps([Output, nn.ReLU(), None, "text"]) == []  # a class is no data
 
 

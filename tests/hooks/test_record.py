@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import pickle
 import weakref
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +67,9 @@ CONTAINERS = {
     "namespace": (lambda m: SimpleNamespace(feature_maps=m), lambda x: spoil_list(x.feature_maps)),
     "list": (list, spoil_list),
     "list subclass": (MyList, spoil_list),
+    "deque": (deque, spoil_list),
+    "UserList": (UserList, spoil_list),
+    "namespace of maps": (lambda m: SimpleNamespace(p3=m[0], p4=m[1]), lambda x: vars(x).clear()),
     "list in tuple": (lambda m: (m, 1), lambda x: spoil_list(x[0])),
     "tuple in list": (lambda m: [tuple(m)], lambda x: x.clear()),
     "named tuple": (lambda m: Named(m, "note"), spoil_object),
