@@ -93,7 +93,7 @@ class ModuleDetector(MapsOnly):
         self._tap = FeatureTap(model, self.taps, inputs=self.inputs)
         if dense is not None:
             self._tap_head(dense, argument.replace("path", "dense"))
-        if path is not None and layout == "BCHW":
+        if layout == "BCHW":
             try:
                 with torch.no_grad(), evaluating(model):
                     self._refuse_permuted(self.look(self._view), argument)
@@ -155,7 +155,8 @@ class ModuleDetector(MapsOnly):
                     f"{argument}: expected maps (B, C, H, W), but got {tuple(x.shape)} at "
                     f"{self.taps['features']!r} for an input of {height} x {width} pixels, and no "
                     f"stride gives a grid of {second} x {third} cells. Is this (B, H, W, C)? Then "
-                    f'pass {option}="BHWC"; else name another module'
+                    f'pass {option}="BHWC"; does the model resize its images inside? Then resize '
+                    "them before it; else name another module"
                 )
 
     def _puts_out_maps(self, path: str) -> bool:

@@ -106,3 +106,19 @@ def test_a_named_module_without_maps_is_told_at_once():
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(4 * 16, 2))
     with pytest.raises(ValueError, match="puts out maps .*but '1' puts out none"):
         ModuleDetector(model, "1", (torch.rand(1, 3, 32, 32),))
+
+
+@pytest.mark.parametrize("path", [None, "1"])
+def test_a_model_that_squeezes_its_images_is_refused(path):
+    stages = Swin(permuted=False).stages
+    model = nn.Sequential(nn.Upsample(size=(64, 64)), stages, Last())
+    ModuleDetector(model, path, (torch.rand(1, 3, 128, 128),))
+    with pytest.raises(ValueError, match="does the model resize its images inside"):
+        ModuleDetector(model, path, (torch.rand(1, 3, 96, 160),))
+
+
+class Last(nn.Module):
+    """A head that takes a pyramid and gives a number."""
+
+    def forward(self, maps):
+        return sum(x.mean() for x in maps)
