@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import compare, pursuit, ranks, report, scaling, suite, training, waits
+from . import compare, methods, pursuit, ranks, report, scaling, suite, training, waits
 from .environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BENCHMARKS: dict[str, tuple[str, Callable[..., dict[str, Any]], Callable[..., str]]] = {
     "ops": ("each op against its rivals", suite.ops, suite.table),
     "step": ("the full RDM step against the released formulation", suite.step, suite.table),
+    "methods": ("every method beside its plain formulation", methods.run, methods.table),
     "scaling": ("boxes, image side, instances of the pursuit", scaling.run, scaling.table),
     "training": ("the share of KD in a torchvision training step", training.run, training.table),
     "waits": ("whether a step makes the host wait for the GPU", waits.run, waits.table),
@@ -44,8 +45,23 @@ def parser() -> argparse.ArgumentParser:
             "--output",
             type=Path,
             help="JSON file (default: NAME_DEVICE.json in results/ beside this file, "
-            "pursuit.json for the pursuit; none with --quick)",
+            "pursuit.json for the pursuit; none with --quick or --only)",
         )
+        if name == "methods":
+            command.add_argument(
+                "--only",
+                nargs="+",
+                choices=methods.names(),
+                default=(),
+                metavar="NAME",
+                help=f"some of {', '.join(methods.names())}; nothing is written by default",
+            )
+            command.add_argument(
+                "--seconds",
+                type=float,
+                default=methods.SECONDS,
+                help="for each contestant (default: %(default)s)",
+            )
         if name == "pursuit":
             continue
         command.add_argument(
@@ -89,6 +105,8 @@ def main(words: Sequence[str] | None = None) -> int:
             dtype=DTYPES[arguments.dtype],
             compiled=not arguments.no_compile,
         )
+    if arguments.name == "methods":
+        run = partial(run, only=arguments.only, seconds=arguments.seconds)
     # Before anything runs, so that the load average is that of others.
     described = environment(device)
     results = {
@@ -99,7 +117,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     print(table(results))
     output = arguments.output
-    if output is None and not arguments.quick:
+    if output is None and not arguments.quick and not getattr(arguments, "only", ()):
         output = RESULTS / f"{file}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

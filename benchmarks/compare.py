@@ -7,13 +7,17 @@ from typing import Any
 
 from .cases import COMPILED, DEFINITION, RELEASED
 from .measure import COPY
+from .methods import COMPILED_FORMULATION, FORMULATION, GLOBAL_KNOWLEDGE
 from .training import STUDENT, TEACHER
 
 # Whose times are not ours to keep. In the pursuit's file, those of the released formulation.
 RIVALS = {
     COMPILED,
+    COMPILED_FORMULATION,
     COPY,
     DEFINITION,
+    FORMULATION,
+    GLOBAL_KNOWLEDGE,
     RELEASED,
     STUDENT,
     TEACHER,
@@ -41,7 +45,8 @@ def measurements(part: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, d
 
 def label(entry: dict[str, Any]) -> str:
     keys = ("instances", "candidates", "picks", "threads")
-    return str(entry.get("name") or ", ".join(f"{k} {entry[k]}" for k in keys if k in entry))
+    known = [f"{k} {entry[k]}" for k in keys if k in entry]
+    return ", ".join([entry["name"], *known] if "name" in entry else known)
 
 
 def ours(path: str) -> bool:

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command: benchmarks/gpu_check.sh [--dry-run]
 #
 # The CUDA tests, compute-sanitizer where it is installed, every benchmark on the GPU, and whether a
-# step makes the host wait. Offline, with the torch and Triton that are there, in less than eight
+# step makes the host wait. Offline, with the torch and Triton that are there, in less than ten
 # minutes. Results go to ${OUT:-benchmarks/results} as JSON. A part that fails is named and stops no
 # other; the exit status is 0 if all passed.
 #
@@ -35,7 +35,7 @@ fi
 [[ -z ${NO_COMPILE:-} ]] || quick+=(--no-compile)
 mkdir -p "$out"
 
-DEADLINE=$((460 * patience)) # seconds for everything
+DEADLINE=$((580 * patience)) # seconds for everything
 summary=()
 failed=0
 part() { # part NAME SECONDS COMMAND...: run it, remember how it ended
@@ -83,6 +83,7 @@ fi
 measure waits 60
 measure step 120
 measure ops 150
+measure methods 120 --seconds 1
 if "$python" -c 'import torchvision' 2>/dev/null; then
     measure training 90
 else

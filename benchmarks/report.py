@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import LIBRARY
+from .methods import COMPILED_FORMULATION, FORMULATION, GLOBAL_KNOWLEDGE, times
 from .suite import described, mebibytes, milliseconds, number
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -19,7 +20,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # benchmark, kind of device
 def load(folder: Path) -> Results:
     """Full runs in float32 only; quick ones are not for quoting."""
     found: Results = {}
-    for name in ("ops", "step", "training", "scaling", "waits", "ranks"):
+    for name in ("ops", "step", "methods", "training", "scaling", "waits", "ranks"):
         for kind in KINDS:
             file = folder / f"{name}_{kind}.json"
             if file.exists():
@@ -44,12 +45,14 @@ def machines(results: Results) -> Iterator[str]:
 def bars(results: Results) -> Iterator[str]:
     """Every bar, both devices side by side; what was not measured says so."""
     merged: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for name in ("step", "ops", "training"):
+    for name in ("step", "ops", "training", "methods"):
         for kind, result in results.get(name, {}).items():
-            for case in result.get("cases", [{"name": "training: KD terms", **result}]):
-                for bar in case["bars"]:
+            alone = [{"name": "training: KD terms", **result}]
+            for case in result.get("cases", result.get("methods", alone)):
+                for bar in case.get("bars", ()):
                     if any(needed is not None for needed in bar["bars"].values()):
-                        key = case["name"], bar["what"]
+                        threads = f", {threaded(case)}" if "threads" in case else ""
+                        key = case["name"] + threads, bar["what"]
                         merged.setdefault(key, {})[kind] = bar
     body = []
     for (case, what), by_kind in merged.items():
@@ -115,6 +118,43 @@ def contestant(name: str, row: Mapping[str, Any], case: Mapping[str, Any]) -> li
         mebibytes(row["peak_bytes"]),
         f"{row['difference']:.0e}",
     ]
+
+
+def threaded(case: Mapping[str, Any]) -> str:
+    return f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
+
+
+def methods(results: Results) -> Iterator[str]:
+    for kind, result in results.get("methods", {}).items():
+        yield f"## The methods, {KINDS[kind]}"
+        yield ""
+        yield (
+            f"{result['size']}. Forward and backward together, weights of one-stage detectors. The "
+            "next columns are the time as a multiple of that of a step of global knowledge (all "
+            "four terms), of the method's plain formulation, and of that compiled."
+        )
+        yield ""
+        body = []
+        for case in result["methods"]:
+            mine = case.get("contestants", {}).get(LIBRARY, {})
+            if "wall" not in mine:
+                failed = case.get("failed", mine.get("failed"))
+                body.append([case["name"], threaded(case), f"failed: {failed}", *[""] * 5])
+                continue
+            ratios = (times(case, x) for x in (GLOBAL_KNOWLEDGE, FORMULATION, COMPILED_FORMULATION))
+            gaps = [row["difference"] for row in case["contestants"].values() if "gate" in row]
+            body.append(
+                [
+                    case["name"],
+                    threaded(case),
+                    milliseconds(mine["wall"]),
+                    *("–" if x is None else number(x) for x in ratios),
+                    mebibytes(mine["peak_bytes"]),
+                    f"{max(gaps):.0e}" if len(gaps) > 1 else "–",
+                ]
+            )
+        head = ["", "", "ms", "of global knowledge", "of its formulation", "of that compiled"]
+        yield from rows([*head, "peak MiB", "error"], body)
 
 
 def training(results: Results) -> Iterator[str]:
@@ -240,6 +280,7 @@ def main(folder: Path, page: Path = PAGE) -> int:
         *bars(results),
         *cases(results, "step", "The full step"),
         *cases(results, "ops", "Ops"),
+        *methods(results),
         *training(results),
         *ranks(results),
         *plots(results, page.parent / "images"),

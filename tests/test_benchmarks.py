@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, compare, measure, pursuit, report, scene, waits
+from benchmarks import cases, compare, measure, methods, pursuit, report, scene, waits
 from benchmarks.__main__ import BENCHMARKS, main
+from global_kd import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -30,7 +31,9 @@ def quick(name, folder, *options):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    return {name: quick(name, folder) for name in ("ops", "step", "waits")} | {"folder": folder}
+    return {name: quick(name, folder) for name in ("ops", "step", "waits", "methods")} | {
+        "folder": folder
+    }
 
 
 def test_every_command_is_documented():
@@ -65,6 +68,38 @@ def test_the_bars_of_the_full_size_are_judged(results):
         assert judged["met"] is met and judged["measured"] == pytest.approx(factor)
     absent = measure.Bar("speedup", "nobody", cpu=25).judge(case, "cpu")
     assert absent["met"] is None and absent["measured"] is None
+
+
+def test_every_method_is_measured_and_its_formulation_says_the_same(results):
+    found = results["methods"]
+    assert found["passed"]
+    by_name = {case["name"]: case for case in found["methods"]}
+    assert set(by_name) == {
+        x.name for x in vars(losses).values() if isinstance(x, type) and hasattr(x, "name")
+    }
+    compared = 0
+    for name, case in by_name.items():
+        rows = case["contestants"]
+        assert case["gate"] and {"library", "global knowledge"} <= set(rows), name
+        assert all(row["wall"]["median_s"] > 0 for row in rows.values())
+        assert rows["library"]["peak_bytes"] >= rows["library"]["result_bytes"] > 0
+        compared += "formulation" in rows
+    assert compared >= 8 and all("formulation" in by_name[x]["contestants"] for x in methods.BARRED)
+
+
+def test_some_methods_can_be_measured_alone(capsys):
+    words = ["methods", "--quick", "--device", "cpu", "--no-compile", "--seconds", "0.01"]
+    assert main([*words, "--only", "cwd", "mgd"]) == 0
+    said = capsys.readouterr()
+    assert "1 of 2: cwd" in said.err and "2 of 2: mgd" in said.err  # progress, before the table
+    assert "written" not in said.out and "pkd" not in said.out
+
+
+def test_a_formulation_that_says_something_else_fails(monkeypatch):
+    at = methods.given(scene.QUICK, CPU)
+    monkeypatch.setattr(methods.plain, "cwd", lambda s, t: sum(x.sum() for x in s))
+    case = methods.measured("cwd", at, CPU, measure.QUICK, compiled=False, judged=False)
+    assert not case["gate"] and "ANOTHER ANSWER" in methods.summary(case)
 
 
 def test_nothing_in_a_step_waits(results):
@@ -202,6 +237,9 @@ def test_report_writes_the_tables(results, tmp_path):
     )
     for case in ("imitation", "pool_boxes", "relation", "logits", "step"):
         assert f"### {case}, CPU" in text
+    for name in methods.names():
+        assert re.search(rf"^\| {name} \| 1 thread \| [\d.e+]+ \(", text, re.MULTILINE), name
+    assert re.search(r"\| cwd, 1 thread \| of the time of compiled formulation \| ≤ 1.5 ", text)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
