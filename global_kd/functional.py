@@ -12,6 +12,7 @@ from .losses.fbkd import attention_guided_loss
 from .losses.fgd import fgd_loss
 from .losses.fgfi import anchor_mask
 from .losses.frs import richness_loss
+from .losses.gid import select_instances
 from .losses.imitation import imitation_loss
 from .losses.ld import localization_loss
 from .losses.logits import logit_loss
@@ -41,5 +42,6 @@ __all__ = [
     "relation_loss",
     "richness_loss",
     "robust_weights",
+    "select_instances",
     "select_prototypes",
 ]

@@ -276,6 +276,9 @@ SIGNATURES = {
     "robust_weights": (
         "(student, teacher, student_prototypes, teacher_prototypes, prototype_labels, labels)"
     ),
+    "select_instances": (
+        "(student_probs, teacher_probs, student_boxes, teacher_boxes, k=10, *, threshold=0.3)"
+    ),
     "select_prototypes": (
         "(student, teacher, num_prototypes=10, *, alpha=10.0, candidates=None, unique=True)"
     ),

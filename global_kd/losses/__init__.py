@@ -13,6 +13,7 @@ from .fbkd import FBKD as FBKD
 from .fgd import FGD as FGD
 from .fgfi import FGFI as FGFI
 from .frs import FRS as FRS
+from .gid import GID as GID
 from .ld import LD as LD
 from .logits import SoftLabels as SoftLabels
 from .mgd import MGD as MGD
