@@ -32,7 +32,7 @@ def every_form(request):
 
 # What torch.compile of 2.4 cannot put into one graph; the losses run there all the same.
 _WHOLE_GRAPHS = re.compile(
-    r"losses/test_(bckd|crosskd|defeat|fgd|ld|mgd|pfi)\.py::test_"
+    r"losses/test_(bckd|crosskd|defeat|fgd|gid|ld|mgd|pfi)\.py::test_"
     r"(one_graph_and_no_wait|compiles_whole|the_class_compiles_whole|compiled_once_for_all_steps)"
     r"|hooks/test_record\.py::test_compiled_in_one_graph"
 )

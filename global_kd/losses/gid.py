@@ -230,8 +230,8 @@ class GID(DistillLoss):
         assert student.boxes is not None and teacher.boxes is not None
         counts = rows_that_count(self, student, teacher)
         mine, theirs = quiet(student.boxes, counts), quiet(teacher.boxes, counts)
-        probs = (quiet(x.probabilities(), counts) for x in (student, teacher))
-        scores, merged = _disagreements(*probs, mine, theirs)
+        p_s, p_t = (quiet(x.probabilities(), counts) for x in (student, teacher))
+        scores, merged = _disagreements(p_s, p_t, mine, theirs)
         scores = torch.where(counts, scores, -torch.inf)
         index, there = _pick(scores, merged, self.k, self.threshold)
         boxes = _at(merged, index)
@@ -275,13 +275,16 @@ class GID(DistillLoss):
         return torch.stack(rows).sum(dim=0).flatten(0, 1)
 
     def _features(self, s: Tensor, t: Tensor, there: Tensor, weights: Tensor | None) -> Tensor:
+        each: Tensor
         if self.distance == "norm":
             each = torch.linalg.vector_norm(s - t, dim=1)
         else:
             each = (s - t).square().sum(dim=1) / self.size**2
         share = there.to(each.dtype)
         share = share / share.sum().clamp(min=1)
-        return ((share if weights is None else share * weights) * each).sum()
+        if weights is not None:
+            share = share * weights
+        return (share * each).sum()
 
     def _members(
         self, dense: Dense, counts: Tensor, index: Tensor, there: Tensor, boxes: Tensor
