@@ -7,6 +7,12 @@ slower between two of them.
 """
 
 import os
+import sys
+from pathlib import Path
 
 # Before torch is imported: the profiler, which counts memory on the CPU, remarks on absent GPUs.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+if str(EXAMPLES) not in sys.path:
+    sys.path.append(str(EXAMPLES))  # its `workshop` has the scenes, the detectors and the trainer

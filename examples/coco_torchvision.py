@@ -41,10 +41,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import storage
-from coco_eval import METRICS, detect, score
-from coco_options import FREE, RATES, SCHEDULES, TERMS, WEIGHTS, parse
-from detection_data import (
+from global_kd import Distiller, Schedule
+from workshop import storage
+from workshop.coco_eval import METRICS, detect, score
+from workshop.coco_options import FREE, RATES, SCHEDULES, TERMS, WEIGHTS, parse
+from workshop.detection_data import (
     Batch,
     CocoSplit,
     Target,
@@ -53,13 +54,12 @@ from detection_data import (
     ordered_batches,
     to_device,
 )
-from detectors import load_backbone, load_weights, resnet_detector, small_retinanet
-from global_kd import Distiller, Schedule
-from methods import make_losses
-from options import note_options
-from processes import Place, join
-from report import environment, tensorboard
-from small_detectors import SIZES, small_faster_rcnn
+from workshop.detectors import load_backbone, load_weights, resnet_detector, small_retinanet
+from workshop.methods import make_losses
+from workshop.options import note_options
+from workshop.processes import Place, join
+from workshop.report import environment, tensorboard
+from workshop.small_detectors import SIZES, small_faster_rcnn
 
 LOG_EVERY = 50  # iterations
 

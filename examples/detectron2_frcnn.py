@@ -39,12 +39,12 @@ from PIL import Image
 from torch import nn
 
 import global_kd
-import storage
-from coco_eval import METRICS
-from detection_data import COCO_AREAS
-from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, make_scenes
-from distillation import STUDIED, Knowledge
-from report import row_name, table
+from workshop import storage
+from workshop.coco_eval import METRICS
+from workshop.detection_data import COCO_AREAS
+from workshop.digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, make_scenes
+from workshop.distillation import STUDIED, Knowledge
+from workshop.report import row_name, table
 
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 

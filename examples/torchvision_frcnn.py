@@ -7,7 +7,7 @@ start and the same batches: alone, and with the knowledge of a larger teacher. `
 metrics, pictures) lies in one folder.
 
 What distillation is in code stands in this file: `make_distiller`, and the loop of `train`. What
-is around it, from arguments to pictures, is in `job.py`.
+is around it, from arguments to pictures, is in `workshop/job.py`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-import storage
-from coco_eval import evaluate
-from detection_data import first_batches, to_device
-from distillation import Experiment, Log
 from global_kd import Distiller
-from job import run
-from methods import make_losses
-from options import knowledge, parse, state_file
-from report import row_name
-from sizes import boxes_at_input, described, finest_stride, thresholds
-from training import Interrupted, Trainer
+from workshop import storage
+from workshop.coco_eval import evaluate
+from workshop.detection_data import first_batches, to_device
+from workshop.distillation import Experiment, Log
+from workshop.job import run
+from workshop.methods import make_losses
+from workshop.options import knowledge, parse, state_file
+from workshop.report import row_name
+from workshop.sizes import boxes_at_input, described, finest_stride, thresholds
+from workshop.training import Interrupted, Trainer
 
 
 def make_distiller(

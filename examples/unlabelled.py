@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-import storage
-from coco_eval import evaluate
-from detection_data import Batch, DetectionSet, epoch_batches, load_digits
-from detectors import SHIPPED_TEACHER, build_detector
-from digit_scenes import SceneSettings
 from global_kd import Distiller
 from global_kd.losses import FRS, PKD, DistillLoss
-from report import environment
+from workshop import storage
+from workshop.coco_eval import evaluate
+from workshop.detection_data import Batch, DetectionSet, epoch_batches, load_digits
+from workshop.detectors import SHIPPED_TEACHER, build_detector
+from workshop.digit_scenes import SceneSettings
+from workshop.report import environment
 
 BATCH = 16
 # Both need no ground truth.

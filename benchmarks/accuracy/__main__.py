@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import storage
+from workshop import storage
 
 from . import gradients, report
 from .declaration import Table, Trial

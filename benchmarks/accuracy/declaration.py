@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from digit_scenes import SceneSettings
-from distillation import STUDIED, Knowledge
-from disturbances import Disturbance
 from global_kd import Distiller
-from small_detectors import SIZES, Size
+from workshop.digit_scenes import SceneSettings
+from workshop.distillation import STUDIED, Knowledge
+from workshop.small_detectors import SIZES, Size
 
+from ..digits.disturbances import Disturbance
 from .variants import OtherLoss, Variant
 
 # Where a split's trainings and its validation scenes get their seeds from. Tuning looks at the

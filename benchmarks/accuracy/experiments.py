@@ -22,10 +22,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from disturbances import Disturbance
 from global_kd import PAPER
-from small_detectors import SIZES, Size
+from workshop.small_detectors import SIZES, Size
 
+from ..digits.disturbances import Disturbance
 from .declaration import Arm, Data, Method, Table, Trial
 
 TEACHER = Trial(student=SIZES["small-teacher"], iterations=2000, split="teaching")  # shipped

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from detection_data import first_batches
-from digit_scenes import CLASS_NAMES
+from workshop.detection_data import first_batches
+from workshop.digit_scenes import CLASS_NAMES
 
 from ..environment import environment
 from .declaration import Method, Trial

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from detection_data import Batch
-from training import Trainer
+from workshop.detection_data import Batch
+from workshop.training import Trainer
 
 WARM_UP, STEPS = 5, 25  # of the reduced grid one renewal of the prototypes
 

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import storage
-from coco_eval import evaluate
-from detection_data import DetectionData, first_batches, pair_scenes, to_device
-from detectors import SHIPPED_TEACHER, load_weights, teacher_fingerprint
-from digit_scenes import CLASS_NAMES, DigitScenes, load_digit_scenes
-from distillation import Experiment
-from disturbances import KINDS, Disturbance, disturb
 from global_kd import Distiller
 from global_kd.instances import assign_levels
-from small_detectors import SIZES, small_faster_rcnn
-from suspicion import area_under_roc
-from training import Recipe
+from workshop import storage
+from workshop.coco_eval import evaluate
+from workshop.detection_data import DetectionData, first_batches, pair_scenes, to_device
+from workshop.detectors import SHIPPED_TEACHER, load_weights, teacher_fingerprint
+from workshop.digit_scenes import CLASS_NAMES, DigitScenes, load_digit_scenes
+from workshop.distillation import Experiment
+from workshop.small_detectors import SIZES, small_faster_rcnn
+from workshop.training import Recipe
 
+from ..digits.disturbances import KINDS, Disturbance, disturb
+from ..digits.suspicion import area_under_roc
 from ..environment import environment
 from . import pace
 from .declaration import TRAINING_SCENES_SEED, Trial, declared

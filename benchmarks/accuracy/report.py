@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from coco_eval import METRICS
+from workshop.coco_eval import METRICS
 
 from .declaration import Arm, Method, Table, Trial
 from .intervals import Difference, paired

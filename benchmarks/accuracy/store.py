@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from digit_scenes import load_digit_scenes
+from workshop.digit_scenes import load_digit_scenes
 
 from .declaration import TRAINING_SCENES_SEED, Trial
 

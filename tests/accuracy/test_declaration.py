@@ -10,7 +10,7 @@ from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
 from benchmarks.accuracy.perform import build
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.work import everything, in_order
-from disturbances import Disturbance
+from benchmarks.digits.disturbances import Disturbance
 from global_kd import PAPER, RobustDistillLoss
 
 TABLES = [table for grid in GRIDS.values() for table in grid]

@@ -6,8 +6,8 @@ from benchmarks.accuracy.experiments import REDUCED
 from benchmarks.accuracy.gradients import START, length, measure
 from benchmarks.accuracy.perform import build
 from benchmarks.accuracy.store import Store
-from detection_data import pair_scenes
-from digit_scenes import SceneSettings, make_scenes
+from workshop.detection_data import pair_scenes
+from workshop.digit_scenes import SceneSettings, make_scenes
 
 
 def test_the_norm_over_all_parameters():

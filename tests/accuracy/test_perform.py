@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import storage
 from benchmarks.accuracy import pace, report
 from benchmarks.accuracy.__main__ import main, quick, shrunk
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
@@ -20,8 +19,9 @@ from benchmarks.accuracy.perform import (
     trained,
 )
 from benchmarks.accuracy.store import Store
-from digit_scenes import SceneSettings, make_scenes
-from disturbances import KINDS, Disturbance
+from benchmarks.digits.disturbances import KINDS, Disturbance
+from workshop import storage
+from workshop.digit_scenes import SceneSettings, make_scenes
 
 TABLE = next(shrunk(t) for t in GRIDS["reduced"] if t.name == "q1-time")
 PAGE = f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n"

@@ -19,7 +19,7 @@ from benchmarks.accuracy.variants import (
 )
 from global_kd import PrototypeBank, Targets
 from global_kd.losses import Levels
-from small_detectors import SIZES, small_faster_rcnn
+from workshop.small_detectors import SIZES, small_faster_rcnn
 
 
 def a_bank():

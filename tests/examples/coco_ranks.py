@@ -15,8 +15,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
 
 import coco_torchvision  # noqa: E402
-from coco_options import parse  # noqa: E402
-from processes import join  # noqa: E402
+from workshop.coco_options import parse  # noqa: E402
+from workshop.processes import join  # noqa: E402
 
 RUNS = {"fasterrcnn": "stream", "retinanet": "refresh"}
 

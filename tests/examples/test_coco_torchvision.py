@@ -12,11 +12,11 @@ import torchvision
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
 import coco_torchvision
-import detectors
-from coco_eval import METRICS, detect, score
-from coco_options import WEIGHTS, parse
-from detection_data import epoch_batches, load_coco
-from processes import Place, join
+from workshop import detectors
+from workshop.coco_eval import METRICS, detect, score
+from workshop.coco_options import WEIGHTS, parse
+from workshop.detection_data import epoch_batches, load_coco
+from workshop.processes import Place, join
 
 from .coco_ranks import RUNS, options, stop_in_the_second_epoch
 from .conftest import EXAMPLES
@@ -449,7 +449,8 @@ def test_the_librarys_weights_are_one_option(coco, teachers, tmp_path):
 def test_every_option_on_the_page_exists():
     """In docs/coco.md, where whole commands are shown."""
     page = (EXAMPLES.parent / "docs" / "coco.md").read_text()
-    known = set(re.findall(r'"(--[a-z-]+)"', (EXAMPLES / "coco_options.py").read_text()))
+    options = EXAMPLES / "workshop" / "coco_options.py"
+    known = set(re.findall(r'"(--[a-z-]+)"', options.read_text()))
     known |= {"--foreground", "--background", "--relation", "--logits", "--no-amp"}
     used = set(re.findall(r"(--[a-z][a-z-]*)", page)) - {"--nproc-per-node", "--nnodes"}
     assert used and used <= known

@@ -10,8 +10,8 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
 
 import detectron2_frcnn as example  # noqa: E402
-from digit_scenes import SceneSettings  # noqa: E402
-from distillation import Knowledge  # noqa: E402
+from workshop.digit_scenes import SceneSettings  # noqa: E402
+from workshop.distillation import Knowledge  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-import digit_scenes
-from digit_scenes import (
+from workshop import digit_scenes
+from workshop.digit_scenes import (
     SceneSettings,
     load_digit_scenes,
     make_scenes,
     split_digits,
     split_photographs,
 )
-from source_digest import source_digest
+from workshop.source_digest import source_digest
 
 SMALL = SceneSettings(train=40, validation=20)
 
@@ -155,3 +155,16 @@ def test_the_fingerprint_follows_code_and_settings_but_not_comments(tmp_path):
         digests.append(source_digest(str(tmp_path / "code.py")))
     (tmp_path / "code.py").write_text("def f():\n    return 2\n")
     assert digests[0] == digests[1] != source_digest(str(tmp_path / "code.py"))
+
+
+def test_the_digest_does_not_follow_the_folder_of_a_neighbour(tmp_path):
+    digests = []
+    for text in (
+        "import a\nfrom b import c\n",
+        "from . import a\nfrom .b import c\n",
+        "from workshop import a\nfrom workshop.b import c\n",
+        "import a\nfrom d import c\n",
+    ):
+        (tmp_path / "code.py").write_text(text)
+        digests.append(source_digest(str(tmp_path / "code.py")))
+    assert digests[0] == digests[1] == digests[2] != digests[3]

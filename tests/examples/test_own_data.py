@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-import forecast
-import sizes
-from detection_data import DetectionData
-from detectors import build_detector
-from own_data import load_own
-from training import Recipe
-from voc_data import load_voc
+from workshop import forecast, sizes
+from workshop.detection_data import DetectionData
+from workshop.detectors import build_detector
+from workshop.own_data import load_own
+from workshop.training import Recipe
+from workshop.voc_data import load_voc
 
 from .test_torchvision_frcnn import run, weights
 from .trees import write_coco, write_voc
@@ -176,7 +175,7 @@ class TestForecast:
         assert torch.equal(random, torch.get_rng_state())
 
     def test_after_the_first_steps_the_rest_is_told(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("training.LONG", 0.0)
+        monkeypatch.setattr("workshop.training.LONG", 0.0)
         splits = write_own_coco(tmp_path)
         options = ["--train", *splits[0], "--validation", *splits[1], "--method", "none"]
         options += "--student small-student --iterations 12 --batch-size 2 --threads 1".split()

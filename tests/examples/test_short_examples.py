@@ -31,11 +31,11 @@ def test_unlabelled_steps_train_the_student_without_a_label(tmp_path):
     import torch
 
     import unlabelled
-    from detection_data import load_digits
-    from detectors import SHIPPED_TEACHER, build_detector
-    from digit_scenes import SceneSettings
     from global_kd import Distiller
     from global_kd.losses import PKD
+    from workshop.detection_data import load_digits
+    from workshop.detectors import SHIPPED_TEACHER, build_detector
+    from workshop.digit_scenes import SceneSettings
 
     scenes = load_digits(tmp_path, SceneSettings(40, 4)).train
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import detectors
-import job
 import torchvision_frcnn
-from digit_scenes import SceneSettings
-from small_detectors import SIZES, small_faster_rcnn
-from training import Trainer
+from workshop import detectors, job
+from workshop.digit_scenes import SceneSettings
+from workshop.small_detectors import SIZES, small_faster_rcnn
+from workshop.training import Trainer
 
 from .conftest import EXAMPLES
 from .trees import write_coco, write_voc
 
-TEACHER = str(EXAMPLES / "teacher_digits.pt")
+TEACHER = str(EXAMPLES / "workshop" / "teacher_digits.pt")
 METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
 
 
@@ -163,7 +162,7 @@ def test_other_methods(tiny, method, terms, capsys):
 
 
 def test_every_method_of_the_docs_has_a_name():
-    from methods import known_methods
+    from workshop.methods import known_methods
 
     page = (EXAMPLES.parent / "docs" / "methods.md").read_text()
     written = {
@@ -228,7 +227,7 @@ class TestTeacher:
         expected = detectors.teacher_fingerprint(SceneSettings(), recipe)
         assert stored["fingerprint"] == expected, (
             "scenes or small detectors changed: run " + detectors.TEACHER_COMMAND + " and copy "
-            "teacher.pt from its output to examples/teacher_digits.pt"
+            "teacher.pt from its output to examples/workshop/teacher_digits.pt"
         )
 
     @pytest.mark.slow
@@ -266,8 +265,8 @@ def test_other_data(tmp_path, data):
 
 
 def test_what_the_trees_are_read_as(tmp_path):
-    from detection_data import box_id, epoch_batches, find_box, load_coco
-    from voc_data import load_voc
+    from workshop.detection_data import box_id, epoch_batches, find_box, load_coco
+    from workshop.voc_data import load_voc
 
     coco = load_coco(write_coco(tmp_path / "coco"))
     assert coco.class_names == ["background", "-", "green", "-", "-", "red"]

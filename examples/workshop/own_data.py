@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from detection_data import COCO_AREAS, CocoSplit, DetectionData
-from voc_data import VocSplit, find_pairs, pair_splits
+from .detection_data import COCO_AREAS, CocoSplit, DetectionData
+from .voc_data import VocSplit, find_pairs, pair_splits
 
 
 def load_own(train: Sequence[Path], validation: Sequence[Path]) -> DetectionData:

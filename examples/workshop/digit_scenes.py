@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import storage
-from source_digest import source_digest
+from . import storage
+from .source_digest import source_digest
 
 CLASS_NAMES = ("background", *"0123456789")
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from corruption import OVERLAP
-from digit_scenes import SceneSettings, make_scenes
-from disturbances import KINDS, Disturbance, disturb
+from benchmarks.digits.corruption import OVERLAP
+from benchmarks.digits.disturbances import KINDS, Disturbance, disturb
+from workshop.digit_scenes import SceneSettings, make_scenes
 
 SCENES = make_scenes("train", SceneSettings(train=60))
 NUMBER = len(SCENES.labels)

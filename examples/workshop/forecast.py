@@ -8,8 +8,8 @@ import time
 import torch
 from torch import nn
 
-from detection_data import DetectionData, first_batches, to_device
-from training import LONG, Recipe
+from .detection_data import DetectionData, first_batches, to_device
+from .training import LONG, Recipe
 
 
 def forecast(name: str, model: nn.Module, data: DetectionData, recipe: Recipe) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from detection_data import Batch
 from global_kd import Distiller, Targets
 from global_kd.instances import assign_levels, pool_levels
+from workshop.detection_data import Batch
 
 # Rules in the order of the table; every one is higher where something seems wrong.
 RULES = {

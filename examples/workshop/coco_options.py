@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from global_kd import PAPER, RobustDistillLoss
-from methods import known_methods, read_method
+
+from .methods import known_methods, read_method
 
 # Epochs, and those after which the learning rate is divided by 10.
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "quick": (2, (1,))}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-import storage
-from detectors import TEACHER_ITERATIONS, detector_names
-from distillation import Knowledge
-from methods import known_methods, read_method
+from . import storage
+from .detectors import TEACHER_ITERATIONS, detector_names
+from .distillation import Knowledge
+from .methods import known_methods, read_method
 
 # A run may be continued with other values of these.
 _FREE = ("resume", "output", "cache", "log_dir", "workers", "processes")

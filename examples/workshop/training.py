@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import storage
-from detection_data import Batch, DetectionSet, epoch_batches, to_device
 from global_kd import Distiller
+
+from . import storage
+from .detection_data import Batch, DetectionSet, epoch_batches, to_device
 
 Scores = dict[str, float]
 _FIRST = 5  # iterations that may be slower; as many are timed

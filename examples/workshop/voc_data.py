@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from detection_data import COCO_AREAS, DetectionData, Target, annotation_of, as_coco, target_of
+from .detection_data import COCO_AREAS, DetectionData, Target, annotation_of, as_coco, target_of
 
 VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car") + (
     "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant",

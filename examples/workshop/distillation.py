@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coco_eval import evaluate
-from detection_data import DetectionData, first_batches, to_device
 from global_kd import Distiller, GlobalKnowledgeLoss
-from training import Recipe, Trainer
+
+from .coco_eval import evaluate
+from .detection_data import DetectionData, first_batches, to_device
+from .training import Recipe, Trainer
 
 Log = Callable[[str, float, int], None]
 

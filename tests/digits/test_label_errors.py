@@ -6,14 +6,12 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-import label_errors
-import suspicion
-from corruption import CLEAN, KINDS, LABEL, MOVED, OVERLAP, SHIFTED, corrupt
-from digit_scenes import SceneSettings, make_scenes
-from suspicion import RULES, area_under_roc, precision_at
-from training import Interrupted, Trainer
-
-from .conftest import EXAMPLES
+from benchmarks.digits import label_errors, suspicion
+from benchmarks.digits.corruption import CLEAN, KINDS, LABEL, MOVED, OVERLAP, SHIFTED, corrupt
+from benchmarks.digits.suspicion import RULES, area_under_roc, precision_at
+from tests.examples.conftest import EXAMPLES
+from workshop.digit_scenes import SceneSettings, make_scenes
+from workshop.training import Interrupted, Trainer
 
 DOCS = EXAMPLES.parent / "docs"
 

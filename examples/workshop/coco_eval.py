@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from tqdm import tqdm
 
-from detection_data import DetectionData
+from .detection_data import DetectionData
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

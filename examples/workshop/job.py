@@ -14,18 +14,18 @@ from typing import Any, Protocol
 
 from torch import nn
 
-import storage
-from coco_eval import evaluate
-from detection_data import DetectionData, load_coco, load_digits
-from detectors import build_detector, find_teacher, half, keep_teacher, teacher_fingerprint
-from digit_scenes import SceneSettings
-from distillation import Experiment, Log
-from forecast import forecast
-from options import prepare, prepare_process, state_file
-from own_data import load_own
-from report import collect, draw, row_name, table, tensorboard
-from training import Interrupted, Recipe, Run, Trainer
-from voc_data import load_voc
+from . import storage
+from .coco_eval import evaluate
+from .detection_data import DetectionData, load_coco, load_digits
+from .detectors import build_detector, find_teacher, half, keep_teacher, teacher_fingerprint
+from .digit_scenes import SceneSettings
+from .distillation import Experiment, Log
+from .forecast import forecast
+from .options import prepare, prepare_process, state_file
+from .own_data import load_own
+from .report import collect, draw, row_name, table, tensorboard
+from .training import Interrupted, Recipe, Run, Trainer
+from .voc_data import load_voc
 
 
 class Train(Protocol):

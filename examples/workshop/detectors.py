@@ -17,11 +17,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import storage
-from digit_scenes import SceneSettings
-from small_detectors import SIZES, Size, SmallPyramid, small_faster_rcnn
-from source_digest import source_digest
-from training import Recipe
+from . import storage
+from .digit_scenes import SceneSettings
+from .small_detectors import SIZES, Size, SmallPyramid, small_faster_rcnn
+from .source_digest import source_digest
+from .training import Recipe
 
 HERE = Path(__file__).parent
 SHIPPED_TEACHER = HERE / "teacher_digits.pt"

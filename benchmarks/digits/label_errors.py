@@ -1,4 +1,4 @@
-"""Does a low omega find wrong labels? python examples/label_errors.py --images docs/images
+"""Does a low omega find wrong labels? python -m benchmarks.digits.label_errors --images docs/images
 
 A share of the training labels and boxes is made wrong on purpose, a student is distilled on them,
 and every training instance is scored by its omega and by the obvious alternatives (`RULES`). The
@@ -20,24 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import storage
-from coco_eval import evaluate
-from corruption import CLEAN, KINDS, LABEL, MOVED, SHIFTED, Corrupted, corrupt
-from detection_data import DetectionData, box_id, first_batches, load_digits
-from detectors import SHIPPED_TEACHER, build_detector
-from digit_scenes import SceneSettings
-from distillation import STUDIED
-from environment import environment
 from global_kd import Distiller
 from global_kd.instances import assign_levels
-from label_plots import draw_label_errors, draw_omega
-from plots import draw_prototypes_by_level
-from source_digest import source_digest
-from suspicion import RULES, area_under_roc, precision_at, suspicions
-from training import Interrupted, Recipe, Scores, Trainer
+from workshop import storage
+from workshop.coco_eval import evaluate
+from workshop.detection_data import DetectionData, box_id, first_batches, load_digits
+from workshop.detectors import SHIPPED_TEACHER, build_detector
+from workshop.digit_scenes import SceneSettings
+from workshop.distillation import STUDIED
+from workshop.environment import environment
+from workshop.plots import draw_prototypes_by_level
+from workshop.source_digest import source_digest
+from workshop.training import Interrupted, Recipe, Scores, Trainer
+
+from .corruption import CLEAN, KINDS, LABEL, MOVED, SHIFTED, Corrupted, corrupt
+from .label_plots import draw_label_errors, draw_omega
+from .suspicion import RULES, area_under_roc, precision_at, suspicions
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "label_errors.json"
+RESULTS = HERE.parent / "results" / "digits" / "label_errors.json"
 KNOWLEDGE = dataclasses.replace(STUDIED, prototype_images=300)
 SHARE = 0.05  # of wrong labels, of wrong boxes, and of the instances a person would look at
 BATCH = 25

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from digit_scenes import DigitScenes
+from workshop.digit_scenes import DigitScenes
 
 KINDS = ("clean", "label", "shifted", "moved")
 CLEAN, LABEL, SHIFTED, MOVED = range(len(KINDS))

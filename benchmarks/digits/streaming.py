@@ -1,4 +1,4 @@
-"""How far are streamed prototypes from those of a fresh pass? python examples/digits_streaming.py
+"""How far are streamed prototypes from those of a fresh pass? python -m benchmarks.digits.streaming
 
 While the student of `torchvision_frcnn.py` is distilled, observers collect the rows that the loss
 collects and forget them at intervals of their own. At some iterations each makes its prototypes.
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import storage
-from detection_data import Batch, epoch_batches, first_batches, load_digits
-from detectors import SHIPPED_TEACHER, build_detector
-from digit_scenes import SceneSettings
-from distillation import STUDIED
-from environment import environment
 from global_kd import PrototypeBank, PrototypeGenerator, Targets
 from global_kd.functional import robust_weights
 from global_kd.instances import pool_levels
-from training import Recipe, Trainer
+from workshop import storage
+from workshop.detection_data import Batch, epoch_batches, first_batches, load_digits
+from workshop.detectors import SHIPPED_TEACHER, build_detector
+from workshop.digit_scenes import SceneSettings
+from workshop.distillation import STUDIED
+from workshop.environment import environment
+from workshop.training import Recipe, Trainer
 
-RESULTS = Path(__file__).parent / "results" / "digits_streaming.json"
+RESULTS = Path(__file__).parents[1] / "results" / "digits" / "streaming.json"
 BATCH = 25
 
 

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from corruption import CLEAN, KINDS, LABEL, Corrupted
-from plots import COLOURS, save, show
-from suspicion import RULES
+from workshop.plots import COLOURS, save, show
+
+from .corruption import CLEAN, KINDS, LABEL, Corrupted
+from .suspicion import RULES
 
 CURVES = ("omega", "prototype margin", "teacher class", "teacher both", "student both")
 RIGHT, WRONG = "#9a9a9a", "#e0301e"

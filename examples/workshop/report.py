@@ -13,11 +13,12 @@ import torchvision
 from torch import nn
 
 import global_kd
-from coco_eval import METRICS, evaluate
-from detection_data import DetectionData
-from distillation import Experiment, Log
-from plots import draw_curves, draw_predictions, draw_prototypes
-from training import Run
+
+from .coco_eval import METRICS, evaluate
+from .detection_data import DetectionData
+from .distillation import Experiment, Log
+from .plots import draw_curves, draw_predictions, draw_prototypes
+from .training import Run
 
 
 def row_name(method: str) -> str:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import hflip, pil_to_tensor
 
-from digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, load_digit_scenes
+from .digit_scenes import CLASS_NAMES, DigitScenes, SceneSettings, load_digit_scenes
 
 Target = dict[str, Tensor]
 Batch = tuple[list[Tensor], list[Target]]

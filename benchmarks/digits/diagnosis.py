@@ -1,4 +1,4 @@
-"""Why a term helps or not: python examples/digits_diagnosis.py
+"""Why a term helps or not: python -m benchmarks.digits.diagnosis
 
 Three measurements on digit scenes, with the teacher and a student that has trained for a while:
 how much the pooled features of an instance say about its class, how alike the pooled features of
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import storage
-from detection_data import DetectionData, first_batches, load_digits
-from detectors import SHIPPED_TEACHER, build_detector
-from digit_scenes import SceneSettings
-from distillation import STUDIED, Experiment
-from environment import environment
 from global_kd import Distiller, Targets
 from global_kd.instances import pool_levels
-from training import Recipe
+from workshop import storage
+from workshop.detection_data import DetectionData, first_batches, load_digits
+from workshop.detectors import SHIPPED_TEACHER, build_detector
+from workshop.digit_scenes import SceneSettings
+from workshop.distillation import STUDIED, Experiment
+from workshop.environment import environment
+from workshop.training import Recipe
 
-RESULTS = Path(__file__).parent / "results" / "digits_diagnosis.json"
+RESULTS = Path(__file__).parents[1] / "results" / "digits" / "diagnosis.json"
 EVERYTHING = dataclasses.replace(STUDIED, foreground=1, background=1, relation=1, logits=1)
 BATCH = 25
 

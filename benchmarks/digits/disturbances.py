@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from corruption import OVERLAP, SHIFTED, another_class, wrong_box
-from digit_scenes import DigitScenes
+from workshop.digit_scenes import DigitScenes
+
+from .corruption import OVERLAP, SHIFTED, another_class, wrong_box
 
 KINDS = ("labels", "boxes", "blur", "occlusion")
 BLUR = 0.15  # standard deviation of the blur, of the height of the box

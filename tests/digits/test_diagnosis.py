@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-import digits_diagnosis
+from benchmarks.digits import diagnosis
 
 
 def test_rows_beside_the_prototype_of_their_class_are_told_apart():
@@ -11,7 +11,7 @@ def test_rows_beside_the_prototype_of_their_class_are_told_apart():
     rows = torch.eye(5)[labels].expand(2, -1, -1) + 0.01
     classes = torch.tensor([[1, 2, 3, 4, -1]] * 2)
     prototypes = torch.cat([torch.eye(5)[1:], torch.full((1, 5), 9.0)]).expand(2, -1, -1)
-    found = digits_diagnosis.separability(rows, labels, labels % 2, prototypes, classes)
+    found = diagnosis.separability(rows, labels, labels % 2, prototypes, classes)
     assert found["class accuracy of the nearest prototype, per level, plain"] == [1, 1]
     assert found["class accuracy of the nearest prototype, per level, centered"] == [1, 1]
     assert found["class accuracy of the RoI head"] == 0.25  # label 1 alone
@@ -23,7 +23,7 @@ def test_rows_beside_the_prototype_of_their_class_are_told_apart():
 def test_a_small_run_measures_every_term(tmp_path):
     results = tmp_path / "found.json"
     options = f"--iterations 10 --images 40 --scenes 128 40 --cache {tmp_path} --results {results}"
-    digits_diagnosis.main(options.split())
+    diagnosis.main(options.split())
     found = json.loads(results.read_text())
     assert found["gradients"].keys() == {
         "kd_foreground",

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from detection_data import DetectionSet
+from .detection_data import DetectionSet
 
 
 def boxes_at_input(

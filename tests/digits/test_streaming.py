@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-import digits_streaming
+from benchmarks.digits import streaming
 from global_kd import PrototypeGenerator, Targets
 
 
@@ -22,28 +22,28 @@ def bank():
 def test_rows_that_did_not_change_are_not_stale(bank):
     bank, rows, ids = bank
     order = torch.randperm(20)
-    same = digits_streaming.staleness(bank, rows[:, order], ids[order])
+    same = streaming.staleness(bank, rows[:, order], ids[order])
     assert same["cosine of a row to itself now"] == pytest.approx(1, abs=1e-5)
     assert same["relative distance of a row to itself now"] == pytest.approx(0, abs=1e-5)
-    half = digits_streaming.staleness(bank, 2 * rows[:, order], ids[order])
+    half = streaming.staleness(bank, 2 * rows[:, order], ids[order])
     assert half["cosine of a row to itself now"] == pytest.approx(1, abs=1e-5)
     assert half["relative distance of a row to itself now"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_weights_of_one_bank_agree_with_themselves():
     weights = torch.rand(3, 50)
-    assert digits_streaming.compare(weights, weights) == {
+    assert streaming.compare(weights, weights) == {
         "mean difference of omega": 0,
         "correlation of omega": pytest.approx(1),
     }
-    other = digits_streaming.compare(weights, 1 - weights)
+    other = streaming.compare(weights, 1 - weights)
     assert other["correlation of omega"] == pytest.approx(-1)
 
 
 def test_a_small_run_has_a_row_for_every_look_and_interval(tmp_path):
     results = tmp_path / "rows.json"
     options = "--at 1 3 --intervals 2 0 --per-class 5 --scenes 40 20 --judged 20".split()
-    digits_streaming.main([*options, "--cache", str(tmp_path), "--results", str(results)])
+    streaming.main([*options, "--cache", str(tmp_path), "--results", str(results)])
     rows = json.loads(results.read_text())["rows"]
     looks = [(row["iteration"], row["collected"]) for row in rows]
     other = "another sample of the fresh pass"

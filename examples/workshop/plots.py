@@ -18,9 +18,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
-from detection_data import DetectionData, DetectionSet, find_box, first_batches, to_device
 from global_kd import Distiller
-from training import Run
+
+from .detection_data import DetectionData, DetectionSet, find_box, first_batches, to_device
+from .training import Run
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
 
