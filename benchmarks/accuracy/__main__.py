@@ -29,13 +29,13 @@ QUICK = Path("runs/accuracy_quick")
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy",
-        description="Train what experiments.py declares; turn the results into docs/evidence.md.",
+        description="Train what experiments.py declares; turn the results into docs/evidence_*.md.",
     )
     commands = described.add_subparsers(dest="name", required=True)
     for name, what in (
         ("list", "how many trainings there are, how many are done, what the others cost"),
         ("run", "train what has no result, the most telling first; goes on where it stopped"),
-        ("report", "tables and plots of docs/evidence.md"),
+        ("report", "tables and plots of docs/evidence_*.md"),
         ("gradients", "how large each term's gradient is beside that of the detection losses"),
     ):
         command = commands.add_parser(name, help=what, description=what)
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
                 "--processes", type=int, default=1, help="trainings at a time, one thread each"
             )
         if name == "report":
-            command.add_argument("--page", type=Path, default=report.PAGE)
+            command.add_argument("--page", type=Path, help="default: each docs/evidence_*.md")
     return described
 
 
@@ -96,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise SystemExit(f"--{name}: expected more than 0, but got {getattr(args, name)}")
     results = args.results or (QUICK / "results" if args.quick else RESULTS)
     if args.name == "report":
-        if args.quick and args.page == report.PAGE:
+        if args.quick and args.page is None:
             raise SystemExit("--quick: tiny trainings are not for quoting; name another --page")
         sources = {
             device: (Store(results / device, Path()), args.seeds or seeds)
@@ -104,7 +104,8 @@ def main(words: Sequence[str] | None = None) -> int:
         }
         both = [table for grid in GRIDS if args.grid in (None, grid) for table in GRIDS[grid]]
         tables = [shrunk(table) for table in both] if args.quick else both
-        return report.main(sources, matching(tables, args.only), args.page)
+        pages = report.PAGES if args.page is None else (args.page,)
+        return max(report.main(sources, matching(tables, args.only), page) for page in pages)
     tables = GRIDS[args.grid or GRID[args.device]]
     tables = [shrunk(table) for table in tables] if args.quick else tables
     store = Store(results / args.device, getattr(args, "cache", Path()))

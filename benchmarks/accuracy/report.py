@@ -1,8 +1,9 @@
-"""Results to tables and plots in docs/evidence.md."""
+"""Results to tables and plots in docs/evidence_*.md, a page a question."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,14 @@ from .intervals import Difference, paired
 from .perform import CURVE_SCENES
 from .store import Store
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = tuple(
+    DOCS / f"evidence_{question}.md"
+    for question in ("terms", "relations", "omega", "sizes", "surpassing")
+)
+# A page's marker may name the tables it shows: `results q1: written by ...`.
 BEGIN = "<!-- results: written by `python -m benchmarks.accuracy report` -->"
+_BEGIN = re.compile(BEGIN.replace("results:", r"results ?(\w*):"))
 END = "<!-- /results -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -372,14 +379,16 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
     return "\n".join([legend, "", *written, *machines(sources, tables)]).rstrip("\n")
 
 
-def main(sources: Sources, tables: Sequence[Table], page: Path = PAGE) -> int:
-    """Write the page anew between its markers."""
+def main(sources: Sources, tables: Sequence[Table], page: Path) -> int:
+    """Write a page anew between its markers."""
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    begins = list(_BEGIN.finditer(text))
+    if len(begins) != 1 or text.count(END) != 1:
         raise SystemExit(f"{page}: expected one line '{BEGIN}' and one '{END}'")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    written = body(sources, tables, page.parent / "images")
-    page.write_text(f"{before}{BEGIN}\n\n{written}\n\n{END}{after}", encoding="utf-8")
+    begin = begins[0]
+    mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
+    written = body(sources, mine, page.parent / "images")
+    before, after = text[: begin.end()], text.split(END)[1]
+    page.write_text(f"{before}\n\n{written}\n\n{END}{after}", encoding="utf-8")
     print(f"written: {page}")
     return 0

@@ -138,6 +138,24 @@ def test_the_page(store, tmp_path):
     assert "No runs yet." in page.read_text()
 
 
+def test_a_page_shows_the_tables_of_its_question(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "section", lambda table, *_: [table.name])
+    tables = [SimpleNamespace(name=name) for name in ("q1-cold", "q2-alone", "full-q2-alone")]
+    monkeypatch.setattr(report, "machines", lambda *_: [])
+    page = tmp_path / "evidence.md"
+    page.write_text(PAGE.replace("results:", "results q2:"))
+    assert report.main({"cpu": (store, 1)}, tables, page) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results q2: written") and text.endswith("after\n")
+    assert "\nq2-alone\nfull-q2-alone\n" in text and "q1" not in text
+
+
+def test_every_table_has_one_page():
+    shown = [report._BEGIN.search(page.read_text())[1] for page in report.PAGES]
+    for table in (table for tables in GRIDS.values() for table in tables):
+        assert sum(table.name.removeprefix("full-").startswith(x) for x in shown) == 1
+
+
 def test_tiny_trainings_are_not_for_quoting():
     with pytest.raises(SystemExit, match="--quick: tiny trainings"):
         main(["report", "--quick"])
