@@ -185,7 +185,7 @@ class Distiller(nn.Module):
             self._tap.clear()
             return {}
         self._models[1].eval()
-        facts = frozenset[str]().union(*(self._facts[name] for name in active))
+        facts = self._facts_of(active)
         seen = self._pair.read(self._tap.read(images), images, targets, facts)
         with torch.no_grad():
             looked = self._pair.look(seen.look.view)
@@ -248,16 +248,21 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """One batch through losses of these names, the keeper of prototypes first."""
         active = {name: loss for name, loss in losses.items() if loss.active}
-        facts = frozenset[str]().union(*(self._facts[name] for name in active))
+        facts = self._facts_of(active)
         step = self._pair.step(seen, looked, facts)
         terms: dict[str, Tensor] = {}
         keeper = next((loss for loss in losses.values() if loss.keeps_prototypes), None)
         for name, loss in active.items():
             if "omega" in self._facts[name] and step.omega is None and keeper is not None:
-                omega = keeper.weigh(step.student, step.teacher, seen.truth)
-                step = replace(step, omega=omega)
+                step = replace(step, omega=keeper.weights_of(step))
             terms |= loss(step.student, step.teacher, step.targets, **self._given(step, name))
         return terms
+
+    def _facts_of(self, names: Iterable[str]) -> frozenset[str]:
+        """What these losses ask for, and whoever weighs for them."""
+        facts = frozenset[str]().union(*(self._facts[name] for name in names))
+        keeper = self._keeper
+        return facts | self._facts[keeper.name] if "omega" in facts and keeper else facts
 
     def _given(self, step: Step, name: str) -> dict[str, Any]:
         """The facts of a step that one loss asked for."""

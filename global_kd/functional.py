@@ -21,11 +21,12 @@ from .losses.pkd import pkd_loss
 from .losses.relation import relation_loss
 from .losses.tar import gaussian_mask
 from .prototypes.select import density_candidates, select_prototypes
-from .robust import robust_weights
+from .robust import confidence_weights, robust_weights
 
 __all__ = [
     "anchor_mask",
     "attention_guided_loss",
+    "confidence_weights",
     "cosine_loss",
     "cwd_loss",
     "density_candidates",

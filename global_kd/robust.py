@@ -1,4 +1,4 @@
-"""Robust weights: how far the two feature spaces agree on an instance."""
+"""Robust weights: how far two spaces agree on an instance, or how sure the teacher is of it."""
 
 import torch
 from torch import Tensor
@@ -66,3 +66,39 @@ def robust_weights(
         cosines(teacher, teacher_prototypes),
         own_class(prototype_labels, labels),
     )
+
+
+@torch.no_grad()
+def confidence_weights(logits: Tensor, labels: Tensor, *, activation: str = "softmax") -> Tensor:
+    r"""Weight in [0, 1] of each row: the teacher's probability of the class that it is labelled.
+
+    .. math:: c_n = p^t_{n, y_n}, \qquad p = \mathrm{activation}(z)
+
+    Not of the paper: where annotations are wrong, this tells it and the agreement of feature spaces
+    (:func:`robust_weights`) does not (docs/label_errors.md).
+
+    Args:
+        logits: The teacher's class logits ``(N, K)``, the background included if it is counted.
+        labels: Column of each row's class, int64 ``(N,)``.
+        activation: ``"softmax"`` or ``"sigmoid"``, what the head uses.
+
+    Returns:
+        ``(N,)`` in at least float32, without gradient. A label that is no column has weight 1.
+
+    Example:
+        >>> import torch
+        >>> from global_kd.functional import confidence_weights
+        >>> confidence_weights(torch.tensor([[0.0, 0.0], [9.0, -9.0]]), torch.tensor([1, 0]))
+        tensor([0.5000, 1.0000])
+    """
+    _check.tensor("logits", logits, 2, "(N, K)")
+    _check.floating("logits", logits)
+    _check.integer("labels", labels)
+    _check.shape("labels", labels, logits.shape[:1])
+    _check.one_of("activation", activation, ("softmax", "sigmoid"))
+    _check.same_device(logits=logits, labels=labels)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = z.softmax(dim=1) if activation == "softmax" else z.sigmoid()
+    known = (labels >= 0) & (labels < z.shape[1])
+    column = torch.where(known, labels, 0)
+    return torch.where(known, p.gather(1, column[:, None])[:, 0], 1.0)

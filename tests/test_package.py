@@ -245,6 +245,7 @@ SIGNATURES = {
         "(student, teacher, weights=None, *, temperature=0.5, channels=True)"
     ),
     "cosine_loss": "(student, teacher, weights=None)",
+    "confidence_weights": "(logits, labels, *, activation='softmax')",
     "cwd_loss": "(student, teacher, *, temperature=1.0)",
     "density_candidates": "(student, teacher, *, bandwidth=0.1, quantile=0.4)",
     "gaussian_mask": "(boxes, image_index, stride, size)",

@@ -14,10 +14,11 @@ from typing import Any
 
 from workshop import storage
 
-from . import gradients, report
-from .declaration import Table, Trial
+from . import gradients, neighbours, report
+from .declaration import CLASSES, Table, Trial
 from .experiments import GRIDS
 from .perform import perform
+from .real import REAL
 from .store import RESULTS, Store
 from .work import in_order, summary, work
 
@@ -37,8 +38,15 @@ def parser() -> argparse.ArgumentParser:
         ("run", "train what has no result, the most telling first; goes on where it stopped"),
         ("report", "tables and plots of docs/evidence_*.md"),
         ("gradients", "how large each term's gradient is beside that of the detection losses"),
+        ("neighbours", "how often what is nearest in a teacher's space has the right class"),
     ):
         command = commands.add_parser(name, help=what, description=what)
+        command.add_argument(
+            "--data",
+            choices=("digits", *CLASSES),
+            default="digits",
+            help="digit scenes, or real pictures: blood smears, playing cards, circuit boards",
+        )
         command.add_argument("--only", metavar="PATTERN", help="beginning of names, such as 'q1'")
         command.add_argument("--grid", choices=GRIDS, help="default: reduced on a CPU, else full")
         if name != "report":
@@ -48,8 +56,16 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--quick", action="store_true", help=f"tiny trainings to see that it works, in {QUICK}"
         )
-        if name in ("run", "gradients"):
+        if name in ("run", "neighbours"):
+            command.add_argument(
+                "--root", type=Path, help="a checkout of the repository that holds the pictures"
+            )
+        if name in ("run", "gradients", "neighbours"):
             command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
+        if name == "neighbours":
+            command.add_argument(
+                "--yolox", type=Path, metavar="ONNX", help="a YOLOX to look with, too"
+            )
         if name == "run":
             command.add_argument(
                 "--minutes", type=float, help="then save and stop; the same command goes on"
@@ -71,7 +87,7 @@ def quick(trial: Trial) -> Trial:
     }
     return dataclasses.replace(
         trial,
-        data=dataclasses.replace(trial.data, scenes=80, validation=10),
+        data=trial.data.quick(),
         iterations=max(2, trial.iterations // 500),
         batch_size=4,
         **parts,
@@ -95,6 +111,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if getattr(args, name, None) is not None and getattr(args, name) <= 0:
             raise SystemExit(f"--{name}: expected more than 0, but got {getattr(args, name)}")
     results = args.results or (QUICK / "results" if args.quick else RESULTS)
+    digits = args.data == "digits"
+    results = results if digits else results / args.data
     if args.name == "report":
         if args.quick and args.page is None:
             raise SystemExit("--quick: tiny trainings are not for quoting; name another --page")
@@ -103,12 +121,18 @@ def main(words: Sequence[str] | None = None) -> int:
             for device, seeds in SEEDS.items()
         }
         both = [table for grid in GRIDS if args.grid in (None, grid) for table in GRIDS[grid]]
+        both = both if digits else REAL[args.data]
         tables = [shrunk(table) for table in both] if args.quick else both
-        pages = report.PAGES if args.page is None else (args.page,)
+        pages = report.PAGES if digits else (report.REAL_PAGE,)
+        pages = pages if args.page is None else (args.page,)
         return max(report.main(sources, matching(tables, args.only), page) for page in pages)
-    tables = GRIDS[args.grid or GRID[args.device]]
+    tables = GRIDS[args.grid or GRID[args.device]] if digits else REAL[args.data]
     tables = [shrunk(table) for table in tables] if args.quick else tables
-    store = Store(results / args.device, getattr(args, "cache", Path()))
+    cache, root = getattr(args, "cache", Path()), getattr(args, "root", None)
+    store = Store(results / args.device, cache, root)
+    if args.name == "neighbours":
+        neighbours.write(args.data, store, RESULTS / "neighbours.json", args.yolox)
+        return 0
     if args.name == "gradients":
         gradients.write(store)
         return 0

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from torch import nn
 
-from global_kd import Distiller
-from workshop.digit_scenes import SceneSettings
+from global_kd import Distiller, GlobalKnowledgeLoss
+from global_kd.losses import DistillLoss
+from workshop.digit_scenes import CLASS_NAMES, SceneSettings
 from workshop.distillation import STUDIED, Knowledge
+from workshop.methods import known_methods
 from workshop.small_detectors import SIZES, Size
 
 from ..digits.disturbances import Disturbance
@@ -22,6 +25,11 @@ from .variants import OtherLoss, Variant
 SEEDS = {"teaching": 0, "tuning": 1000, "reporting": 2000}
 VALIDATION_SEEDS = {"teaching": 2000, "tuning": 0, "reporting": 2000}
 SEEDS_PER_SPLIT = 1000
+CLASSES = {  # of real pictures, by data set
+    "bccd": ("background", "Platelets", "RBC", "WBC"),
+    "cards": ("background", "ace", "jack", "king", "nine", "queen", "ten"),
+    "deeppcb": ("background", "open", "short", "mousebite", "spur", "copper", "pin-hole"),
+}
 TRAINING_SCENES_SEED = 0  # one training set for all: that of the teachers
 
 
@@ -51,6 +59,39 @@ class Data:
             self.scenes, self.validation, side=self.side, height=self.height, seed=seed
         )
 
+    def quick(self) -> Data:
+        """The same with next to no scenes."""
+        return dataclasses.replace(self, scenes=80, validation=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Real pictures by the name of their data set, one of `CLASSES`, `side` px at the longer.
+
+    `share` of the training pictures are used, and `wrong_labels` is the share of their boxes that
+    have another class. With `held_out` every fourth training picture is scored on instead of
+    trained on, and those that a report is scored on are not touched: what tuning looks at.
+    """
+
+    source: str
+    side: int = 160
+    share: float = 1.0
+    wrong_labels: float = 0.0
+    held_out: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source not in CLASSES:
+            raise ValueError(f"source: expected one of {tuple(CLASSES)}, but got {self.source!r}")
+
+    def alike(self, other: Pictures) -> bool:
+        """Whether nothing that one trains on is held out by the other."""
+        whole = {"share": 1.0, "wrong_labels": 0.0}
+        return dataclasses.replace(self, **whole) == dataclasses.replace(other, **whole)  # type: ignore[arg-type]
+
+    def quick(self) -> Pictures:
+        """The same with few pictures."""
+        return dataclasses.replace(self, share=0.05)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method(Knowledge):
@@ -67,6 +108,7 @@ class Method(Knowledge):
     form: str = later("cosine")
     space: str = later("pooled")
     pick: str = later("pursuit")
+    weights: str = later("omega")
 
     @property
     def variant(self) -> Variant:
@@ -79,6 +121,7 @@ class Method(Knowledge):
             "alpha": self.alpha,
             "standardize": self.standardize,
             "adapter": self.adapter,
+            "weights": self.weights,
         }
 
     def distiller(
@@ -99,6 +142,51 @@ class Method(Knowledge):
 
 
 @dataclasses.dataclass(frozen=True)
+class Others:
+    """Other methods of `global_kd.losses`, with or without global knowledge beside them.
+
+    `names`: one or several joined by "+", each at the defaults of its paper. `share`: the weights
+    are set on the first training batches, so that the terms of each method pull together with this
+    share of the detection loss's gradient (`Distiller.calibrate`); `None`: the paper's weights.
+    `robust`: they weigh boxes by the robust weights of `beside`. `tuned`: `beside` gets a share of
+    its own, too, instead of its weights. `options` are more arguments of the methods.
+    """
+
+    names: str
+    share: float | None = None
+    robust: bool = False
+    beside: Method | None = None
+    tuned: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    prototype_images = 0  # `beside` takes them from the training stream
+
+    def distiller(
+        self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
+    ) -> Distiller:
+        """A `Distiller` with these methods for a training of `steps` iterations."""
+        options: dict[str, Any] = {"total_steps": steps, "seed": seed}
+        known = known_methods()
+        losses = [
+            known[name](robust=self.robust, **options, **dict(self.options))  # type: ignore[call-arg]
+            for name in filter(None, self.names.split("+"))
+        ]
+        if self.beside is not None:
+            losses.append(GlobalKnowledgeLoss(num_classes, **options, **self.beside.options()))
+        return Distiller(student, teacher, losses)
+
+    def begin(self, kd: Distiller, batches: Iterable[Any]) -> None:
+        """Set the weights before the first iteration."""
+        if self.share is None:
+            return
+        wanted: dict[str, float] = {}
+        for loss in (cast(DistillLoss, x) for x in kd.losses.values()):
+            if self.tuned or not isinstance(loss, GlobalKnowledgeLoss):
+                wanted |= dict.fromkeys(loss.term_names, self.share / len(loss.term_names))
+        kd.calibrate(loader=batches, share=wanted, verbose=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """One training. Trials that agree in all but `method` and `teacher` are a pair of one seed.
 
@@ -114,9 +202,9 @@ class Trial:
         seed: Counted within the split, from 0; decides initial weights and order of the batches.
     """
 
-    data: Data = Data()
+    data: Data | Pictures = Data()
     student: Size = SIZES["small-student"]
-    method: Method | None = None
+    method: Method | Others | None = None
     teacher: Trial | None = None
     iterations: int = 1000
     lr: float = 3e-3
@@ -134,6 +222,19 @@ class Trial:
                 f"seed: expected 0 <= seed < {SEEDS_PER_SPLIT}, so that splits share none, but "
                 f"got {self.seed}"
             )
+        if isinstance(self.data, Pictures) and self.split != "teaching":
+            if self.data.held_out != (self.split == "tuning"):
+                raise ValueError(
+                    f"held_out: expected {self.split == 'tuning'} on the split {self.split!r}, but "
+                    f"got {self.data.held_out}"
+                )
+            if self.teacher is not None and not (
+                isinstance(self.teacher.data, Pictures) and self.data.alike(self.teacher.data)
+            ):
+                raise ValueError(
+                    "teacher: expected one of the same pictures, so that it saw none that is "
+                    f"scored on, but got {self.teacher.data}"
+                )
         if (self.method is None) != (self.teacher is None):
             raise ValueError("method, teacher: expected both or neither")
         if self.teacher is not None and self.teacher.split != "teaching":
@@ -162,6 +263,13 @@ class Trial:
     def validation_seed(self) -> int:
         """Of the scenes it is scored on."""
         return VALIDATION_SEEDS[self.split]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of what is detected, the background first."""
+        if isinstance(self.data, Data):
+            return CLASS_NAMES
+        return CLASSES[self.data.source]
 
     @property
     def identity(self) -> str:
@@ -221,7 +329,7 @@ class Table:
     """Arms that are compared seed by seed.
 
     `rank` orders the work: all tables of rank 1 come first, seed by seed. `axis` names the x axis
-    where the arms lie on curves.
+    where the arms lie on curves. `seeds` is how many seeds are trained at most.
     """
 
     name: str
@@ -229,6 +337,7 @@ class Table:
     rank: int
     arms: tuple[Arm, ...]
     axis: str = ""
+    seeds: int = SEEDS_PER_SPLIT
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

@@ -14,7 +14,7 @@ from workshop import storage
 from workshop.coco_eval import evaluate
 from workshop.detection_data import DetectionData, first_batches, pair_scenes, to_device
 from workshop.detectors import SHIPPED_TEACHER, load_weights, teacher_fingerprint
-from workshop.digit_scenes import CLASS_NAMES, DigitScenes, load_digit_scenes
+from workshop.digit_scenes import DigitScenes, load_digit_scenes
 from workshop.distillation import Experiment
 from workshop.small_detectors import SIZES, small_faster_rcnn
 from workshop.training import Recipe
@@ -22,14 +22,16 @@ from workshop.training import Recipe
 from ..digits.disturbances import KINDS, Disturbance, disturb
 from ..digits.suspicion import area_under_roc
 from ..environment import environment
-from . import pace
-from .declaration import TRAINING_SCENES_SEED, Trial, declared
+from . import pace, pictures
+from .declaration import TRAINING_SCENES_SEED, Data, Others, Pictures, Trial, declared
 from .store import Store
 
 EVALUATIONS = 4  # points of the AP curve
+PICTURES_EVALUATIONS = 2  # the same where scoring is a larger part of the work
 CURVE_SCENES = 100  # behind each of them; the final scores are those of all validation scenes
 OMEGA_SCENES = 1000  # in which disturbed instances are looked for
 BATCH = 25
+CALIBRATED = 4  # batches on which shares of the gradient are measured
 
 
 def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
@@ -48,6 +50,8 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
         "declaration": declared(trial),
         "environment": environment(torch.device(device)),
     }
+    if isinstance(trial.data, Pictures):
+        described["data"] = pictures.described(trial.data, data)
     if (teacher := shipped(trial)) is not None:
         teacher.to(device)
         storage.save(teacher.state_dict(), store.weights(trial))
@@ -67,6 +71,7 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
             start=None if trial.start is None else trained(trial.start, store).state_dict(),
             state=state,
             resume=True,
+            begin=lambda kd: begin(trial, kd, data, device),
         )
     except SystemExit as error:
         if not str(error).startswith("Training diverged"):
@@ -85,7 +90,7 @@ def perform(trial: Trial, store: Store, device: str = "cpu") -> None:
         "losses": run.losses[:: max(1, len(run.losses) // 50)],
         "telemetry": run.telemetry,
     }
-    if trainer.kd is not None and disturbed.any() and trainer.kd.loss.bank.valid.any():
+    if trainer.kd is not None and disturbed.any() and by_omega(trainer.kd):
         result["omega_separates"] = separation(trainer.kd, data, disturbed, device)
     result["last_slice_seconds"] = round(time.perf_counter() - began, 1)
     if trial.method is None:  # teachers and warm starts are such
@@ -106,12 +111,27 @@ def experiment_of(
             trial.batch_size,
             trial.lr,
             seed=trial.training_seed,
-            evaluations=EVALUATIONS,
+            flip=data.flip,
+            evaluations=EVALUATIONS if isinstance(trial.data, Data) else PICTURES_EVALUATIONS,
         ),
         None if trial.teacher is None else trained(trial.teacher, store).to(device),
         device=device,
         curve_images=CURVE_SCENES,
     )
+
+
+def by_omega(kd: Distiller) -> bool:
+    """Whether there are robust weights of prototypes."""
+    keeper: Any = dict(kd.losses.items()).get("global_knowledge")
+    return keeper is not None and keeper.rdm.robust_by == "omega" and bool(keeper.bank.valid.any())
+
+
+def begin(trial: Trial, kd: Distiller, data: DetectionData, device: str) -> None:
+    """What a method does before the first iteration."""
+    if isinstance(trial.method, Others):
+        images = CALIBRATED * trial.batch_size
+        batches = first_batches(data.train, images, trial.batch_size)
+        trial.method.begin(kd, to_device(batches, device))
 
 
 def equal_time(trial: Trial, other: Trial, data: DetectionData, store: Store, device: str) -> int:
@@ -139,7 +159,13 @@ def equal_time(trial: Trial, other: Trial, data: DetectionData, store: Store, de
 
 
 def load_data(trial: Trial, store: Store) -> tuple[DetectionData, Tensor]:
-    """The scenes of a trial, and bool (R, 4): which training instances are disturbed how."""
+    """The data of a trial, and bool (R, 4): which training instances are disturbed how.
+
+    Of pictures (R, 1): whose label is wrong.
+    """
+    if isinstance(trial.data, Pictures):
+        found, wrong = pictures.load(trial.data, store.root, store.cache)
+        return found, wrong[:, None]
     folders = store.scenes(trial)
     train = load_digit_scenes("train", trial.data.settings(TRAINING_SCENES_SEED), folders["train"])
     validation = load_digit_scenes(
@@ -161,19 +187,21 @@ def first_scenes(scenes: DigitScenes, count: int) -> DigitScenes:
 
 def build(trial: Trial) -> nn.Module:
     """The student of a trial with random weights."""
-    return small_faster_rcnn(trial.student, len(CLASS_NAMES), trial.data.side)
+    return small_faster_rcnn(trial.student, len(trial.class_names), trial.data.side)
 
 
 def trained(trial: Trial, store: Store) -> nn.Module:
     """The detector that a finished trial ended with."""
     model = build(trial)
-    load_weights(model, store.weights(trial), len(CLASS_NAMES))
+    load_weights(model, store.weights(trial), len(trial.class_names))
     return model
 
 
 def shipped(trial: Trial) -> nn.Module | None:
     """The teacher that lies beside the examples, where this trial is how it was trained."""
     data = trial.data
+    if not isinstance(data, Data):
+        return None
     whole = data.share == 1 and data.disturbance == Disturbance()
     plain = trial.method is None and trial.start is None
     if not (plain and whole and trial.student == SIZES["small-teacher"]):
@@ -186,7 +214,7 @@ def shipped(trial: Trial) -> nn.Module | None:
     ):
         return None
     model = build(trial)
-    load_weights(model, SHIPPED_TEACHER, len(CLASS_NAMES))
+    load_weights(model, SHIPPED_TEACHER, len(trial.class_names))
     return model
 
 
@@ -208,7 +236,7 @@ def separation(
     disturbed = disturbed[: len(low)]
     clean = ~disturbed.any(dim=1)
     areas = {}
-    for n, kind in enumerate(KINDS):
+    for n, kind in enumerate(KINDS[: disturbed.shape[1]]):
         met = disturbed[:, n]
         if met.any() and clean.any():
             asked = met | clean

@@ -12,7 +12,7 @@ from typing import Any
 
 from workshop.coco_eval import METRICS
 
-from .declaration import Arm, Method, Table, Trial
+from .declaration import Arm, Method, Others, Table, Trial
 from .intervals import Difference, paired
 from .perform import CURVE_SCENES
 from .store import Store
@@ -22,6 +22,7 @@ PAGES = tuple(
     DOCS / f"evidence_{question}.md"
     for question in ("terms", "relations", "omega", "sizes", "surpassing")
 )
+REAL_PAGE = DOCS / "evidence_real.md"
 # A page's marker may name the tables it shows: `results q1: written by ...`.
 BEGIN = "<!-- results: written by `python -m benchmarks.accuracy report` -->"
 _BEGIN = re.compile(BEGIN.replace("results:", r"results ?(\w*):"))
@@ -37,7 +38,7 @@ def collect(table: Table, store: Store, seeds: int) -> dict[str, Runs]:
     return {
         arm.name: {
             seed: result
-            for seed in range(seeds)
+            for seed in range(min(seeds, table.seeds))
             if (result := store.result(arm.trial.at(seed))) is not None
         }
         for arm in table.arms
@@ -98,12 +99,13 @@ def effects(table: Table, found: Mapping[str, Runs]) -> Iterator[tuple[str, int,
         arm.trial.plain() if (how := arm.trial.method) is None else _alike(arm.trial, how): arm
         for arm in table.arms
         if arm.trial.time_of is None  # trained longer
+        and not isinstance(arm.trial.method, Others)
     }
     for name, without in TERMS.items():
         pairs = [
             (arm, arms[key])
             for arm in table.arms
-            if arm.trial.method is not None
+            if isinstance(arm.trial.method, Method)
             and (other := dataclasses.replace(arm.trial.method, **without)) != arm.trial.method
             and (key := _alike(arm.trial, other)) in arms
         ]
@@ -184,7 +186,7 @@ def section(table: Table, store: Store, seeds: int, device: str, images: Path) -
         return
     yield f"### {table.title}, {DEVICES[device]}"
     yield ""
-    done, total = sum(map(len, found.values())), seeds * len(table.arms)
+    done, total = sum(map(len, found.values())), min(seeds, table.seeds) * len(table.arms)
     yield f"`{table.name}`: {done} of {total} trainings."
     yield ""
     head = ["arm", "seeds", "AP", "against", *(f"Δ {m}" for m in METRICS), "s/iteration"]
@@ -380,15 +382,21 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
 
 
 def main(sources: Sources, tables: Sequence[Table], page: Path) -> int:
-    """Write a page anew between its markers."""
+    """Write a page anew between its markers.
+
+    What stands between a marker that names other tables than these stays as it is.
+    """
     text = page.read_text(encoding="utf-8")
     begins = list(_BEGIN.finditer(text))
-    if len(begins) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{page}: expected one line '{BEGIN}' and one '{END}'")
-    begin = begins[0]
-    mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
-    written = body(sources, mine, page.parent / "images")
-    before, after = text[: begin.end()], text.split(END)[1]
-    page.write_text(f"{before}\n\n{written}\n\n{END}{after}", encoding="utf-8")
+    if not begins or text.count(END) != len(begins):
+        raise SystemExit(f"{page}: expected lines '{BEGIN}', and as many '{END}'")
+    for begin in reversed(begins):
+        mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
+        if not mine and len(begins) > 1:
+            continue
+        written = body(sources, mine, page.parent / "images")
+        before, after = text[: begin.end()], text[text.index(END, begin.end()) :]
+        text = f"{before}\n\n{written}\n\n{after}"
+    page.write_text(text, encoding="utf-8")
     print(f"written: {page}")
     return 0

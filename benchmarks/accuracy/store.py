@@ -10,7 +10,8 @@ from typing import Any
 
 from workshop.digit_scenes import load_digit_scenes
 
-from .declaration import TRAINING_SCENES_SEED, Trial
+from . import pictures
+from .declaration import TRAINING_SCENES_SEED, Pictures, Trial
 
 # In the folder that `environment.commit` leaves out when it asks whether the code was changed.
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
@@ -18,10 +19,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Results of one kind of device in `results`, whatever can be made again in `cache`."""
+    """Results of one kind of device in `results`, whatever can be made again in `cache`.
+
+    `root` is the checkout that real pictures are read from.
+    """
 
     results: Path
     cache: Path
+    root: Path | None = None
 
     def result(self, trial: Trial) -> dict[str, Any] | None:
         """What a finished trial gave."""
@@ -53,6 +58,8 @@ class Store:
 
     def scenes(self, trial: Trial) -> dict[str, Path]:
         """The folder of each split's scenes, as they were drawn."""
+        if isinstance(trial.data, Pictures):
+            return {}
         seeds = {"train": TRAINING_SCENES_SEED, "validation": trial.validation_seed}
         return {
             split: self.cache / "scenes" / trial.data.settings(seed).fingerprint()
@@ -60,7 +67,13 @@ class Store:
         }
 
     def draw_scenes(self, trial: Trial) -> None:
-        """Draw the scenes that no trial needed before, so that no two processes do so at once."""
+        """Draw the scenes that no trial needed before, so that no two processes do so at once.
+
+        Pictures are read and resized.
+        """
+        if isinstance(trial.data, Pictures):
+            pictures.resized(trial.data.source, trial.data.side, self.root, self.cache)
+            return
         for split, folder in self.scenes(trial).items():
             if not (folder / f"digit_scenes_{split}.pt").is_file():
                 seed = TRAINING_SCENES_SEED if split == "train" else trial.validation_seed

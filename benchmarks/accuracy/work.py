@@ -27,7 +27,7 @@ def in_order(
     named = [
         (table.rank, seed, f"{table.name}/{arm.name}/{seed}", arm.trial.at(seed))
         for table in tables
-        for seed in range(seeds)
+        for seed in range(min(seeds, table.seeds))
         for arm in table.arms
     ]
     named.sort(key=lambda entry: entry[:2])  # stable: tables and arms as declared

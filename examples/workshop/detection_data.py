@@ -33,6 +33,13 @@ class DetectionSet(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]: ...
 
 
+class Labelled(Protocol):
+    """A split in memory, whose targets can be read without its pixels."""
+
+    def __len__(self) -> int: ...
+    def target(self, index: int) -> Target: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class DetectionData:
     """The two splits of a data set and how it is scored.
@@ -167,11 +174,12 @@ def load_digits(cache: Path, settings: SceneSettings) -> DetectionData:
 
 def pair_scenes(train: DigitScenes, validation: DigitScenes) -> DetectionData:
     """A data set of digit scenes to train on and others to be scored on."""
-    truth = _index_truth(validation, CLASS_NAMES)
+    truth = index_truth(validation, CLASS_NAMES)
     return DetectionData("digits", train, validation, truth, CLASS_NAMES, DIGIT_AREAS, flip=False)
 
 
-def _index_truth(scenes: DigitScenes, class_names: Sequence[str]) -> COCO:
+def index_truth(scenes: Labelled, class_names: Sequence[str]) -> COCO:
+    """The ground truth of a split, its images numbered from 0."""
     annotations: list[dict[str, Any]] = []
     for image in range(len(scenes)):
         target = scenes.target(image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from .detection_data import DetectionData, first_batches, to_device
 from .training import Recipe, Trainer
 
 Log = Callable[[str, float, int], None]
+
+
+class Transfer(Protocol):
+    """What is distilled: makes a `Distiller`, and may want prototypes of so many images."""
+
+    @property
+    def prototype_images(self) -> int: ...
+
+    def distiller(
+        self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
+    ) -> Distiller: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Experiment:
     line: int = 0
 
     def prepare(
-        self, knowledge: Knowledge | None = None, start: dict[str, Tensor] | None = None
+        self, knowledge: Transfer | None = None, start: dict[str, Tensor] | None = None
     ) -> Trainer:
         """One student before its first iteration; `start` are the weights to go on from."""
         torch.manual_seed(self.recipe.seed)
@@ -119,21 +130,25 @@ class Experiment:
     def train(
         self,
         label: str,
-        knowledge: Knowledge | None = None,
+        knowledge: Transfer | None = None,
         *,
         start: dict[str, Tensor] | None = None,
         state: Path | None = None,
         resume: bool = False,
         log: Log | None = None,
+        begin: Callable[[Distiller], None] | None = None,
     ) -> Trainer:
         """Train one student; arms of one recipe see the same initial weights and batches.
 
         `start` are the weights to go on from (a warm start). `state` is the file to resume from.
+        `begin` is called before the first iteration.
         """
         trainer = self.prepare(knowledge, start)
         kd = trainer.kd
         if resume and state is not None and state.is_file():
             trainer.load(state)
+        elif begin is not None and kd is not None:
+            begin(kd)
 
         def renew_prototypes() -> None:
             if kd is not None and knowledge is not None and knowledge.prototype_images:

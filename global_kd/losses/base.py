@@ -597,6 +597,10 @@ class DistillLoss(nn.Module):
         """Robust weights ``(L, R)``, in losses that have prototypes."""
         raise NotImplementedError(f"{type(self).__name__} keeps no prototypes")
 
+    def weights_of(self, step: Step) -> Tensor:
+        """Robust weights ``(L, R)`` of a step's ground truth, in losses that have prototypes."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no prototypes")
+
     def get_extra_state(self) -> Tensor:
         """The step and the calibrated weights (-1: none), for ``state_dict``."""
         weights = [self._calibrated.get(part, -1.0) for part in self.parts]

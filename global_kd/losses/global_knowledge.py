@@ -13,8 +13,9 @@ from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
 from ..prototypes.plain import moved
 from ..ranks import Ranks
+from ..robust import confidence_weights
 from ..schedules import Schedule
-from ..step import Step
+from ..step import Positives, Step
 from ..targets import Targets
 from .base import DistillLoss, Levels
 from .robust_distill import RobustDistillLoss
@@ -61,7 +62,10 @@ class GlobalKnowledgeLoss(DistillLoss):
             positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
         class_names: Of each class, the background included if it is counted; kept in the bank, so
             that it can be read and one for other classes is refused.
-        **rdm: The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`; the
+        **rdm: With ``weights="confidence"`` an instance weighs the teacher's probability of its
+            class instead of omega (a box the largest of its positives); that needs class logits of
+            the teacher on the student's positives, and prototypes are for the relation term only.
+            The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`; the
             paper's are ``**global_kd.PAPER``.
 
     Example:
@@ -138,6 +142,8 @@ class GlobalKnowledgeLoss(DistillLoss):
         self.wishes = frozenset({"positives"} if probe.logits > 0 else ())
         if boxes == "proposals":
             self.wishes |= {"proposals"}
+        if probe.robust_by == "confidence":
+            self.needs = self.needs | {"positives"}
         self.generator = PrototypeGenerator(
             num_classes,
             num_prototypes,
@@ -208,6 +214,9 @@ class GlobalKnowledgeLoss(DistillLoss):
         if self.rdm.uses_prototypes:
             rows = self._rows(step.student, step.teacher, targets, instances)
         positives = step.positives
+        confidence = None
+        if self.rdm.robust_by == "confidence":
+            confidence = self._confidence(positives, targets, box)
         terms, omega = self.rdm(
             step.student,
             step.teacher,
@@ -218,12 +227,29 @@ class GlobalKnowledgeLoss(DistillLoss):
             teacher_logits=None if positives is None else positives.teacher,
             logit_box=box,
             rows=rows,
+            confidence=confidence,
             weighted=False,
             return_weights=True,
         )
-        if self.training and self.rdm.uses_prototypes:
+        if self.training and (self.rdm.uses_prototypes or self.rdm.weighs):
             self._tally(omega, targets.labels)
         return {name.removeprefix("kd_"): value for name, value in terms.items()}
+
+    @torch.no_grad()
+    def _confidence(
+        self, positives: Positives | None, targets: Targets, box: Tensor | None
+    ) -> Tensor:
+        """Weights ``(R,)`` of the targets: of each the largest of its rows, 1 without any."""
+        if positives is None or positives.teacher is None or box is None:
+            raise ValueError(
+                'positives: GlobalKnowledgeLoss with weights="confidence" expected class logits of '
+                "the teacher, but got None"
+            )
+        labels = targets.labels[box]
+        p = confidence_weights(positives.teacher, labels, activation=self.rdm.activation)
+        # No probability is negative: what stays so has no row.
+        best = p.new_full((len(targets),), -1.0).scatter_reduce(0, box, p, "amax")
+        return torch.where(best < 0, 1.0, best)
 
     def _on_which_boxes(self, step: Step) -> tuple[Targets, Targets | None, Tensor | None]:
         """The boxes to learn on, those to make prototypes from, the box of each logit row."""
@@ -415,9 +441,28 @@ class GlobalKnowledgeLoss(DistillLoss):
     def weigh(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], targets: Targets
     ) -> Tensor:
-        """Robust weights ``(L, R)`` of the boxes under the current prototypes; no side effects."""
+        """Robust weights ``(L, R)`` of the boxes under the current prototypes; no side effects.
+
+        Raises:
+            ValueError: With ``weights="confidence"``, which a training step gives, not maps.
+        """
         self._require_built()
+        if self.rdm.robust_by == "confidence":
+            raise ValueError(
+                'weights: expected "omega" to weigh boxes by their maps, but got "confidence", '
+                "which comes of the positives of a training step; kd.telemetry() has its means"
+            )
         return self.rdm.weigh(student, teacher, targets, self.bank)
+
+    def weights_of(self, step: Step) -> Tensor:
+        """Robust weights ``(L, R)`` of the ground-truth boxes of a training step; no gradient."""
+        assert step.targets is not None
+        if self.rdm.robust_by == "omega":
+            return self.weigh(step.student, step.teacher, step.targets)
+        positives = step.positives
+        box = None if positives is None else positives.logit_box
+        found = self._confidence(positives, step.targets, box)
+        return found.expand(len(step.strides), len(step.targets))
 
     def extra_repr(self) -> str:
         return f"step={self.step}, total_steps={self.total_steps}, refresh={self.refresh_every}"

@@ -18,6 +18,8 @@ from ..targets import Targets
 from .imitation import NORMALIZERS, scale_of
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
 
+WEIGHTS = ("omega", "confidence")
+
 PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "foreground": 1.0,
@@ -38,7 +40,8 @@ class RobustDistillLoss(nn.Module):
 
     Robust weights ``omega (L, R)`` say how far the two spaces agree on each box on each level
     (:func:`global_kd.functional.robust_weights`). Each term is switched by its weight (0 leaves it
-    out) and uses omega or not by a switch of its own:
+    out) and uses omega or not by a switch of its own (below, omega also stands for the weights of
+    ``weights="confidence"``):
 
     - ``kd_foreground``, ``kd_background``: :func:`global_kd.functional.imitation_loss`, mean over
       levels;
@@ -56,6 +59,8 @@ class RobustDistillLoss(nn.Module):
         relation: Weight of the relation term; off by default, since no study here shows that it
             helps (docs/evidence.md).
         logits: Weight of the soft labels.
+        weights: ``"omega"`` (paper), or ``"confidence"``: the teacher's probability of the
+            labelled class, given by the caller (:func:`global_kd.functional.confidence_weights`).
         robust_imitation: Weight the foreground by omega.
         robust_relation: Weight the relations by omega.
         robust_logits: Weight the soft labels by the omega of the row's box on its level.
@@ -84,6 +89,7 @@ class RobustDistillLoss(nn.Module):
         background: float = 1.0,
         relation: float = 0.0,
         logits: float = 5.0,
+        weights: str = "omega",
         robust_imitation: bool = True,
         robust_relation: bool = True,
         robust_logits: bool = True,
@@ -119,6 +125,8 @@ class RobustDistillLoss(nn.Module):
         _check.one_of("class_reduction", class_reduction, CLASS_REDUCTIONS)
         _check.one_of("normalizer", normalizer, NORMALIZERS)
         _check.one_of("levels", levels, ("assigned", "all"))
+        _check.one_of("weights", weights, WEIGHTS)
+        self.robust_by = weights
         self.weights = {name: float(value) for name, value in self.weights.items()}
         self.robust_imitation = robust_imitation
         self.robust_relation = robust_relation
@@ -162,8 +170,13 @@ class RobustDistillLoss(nn.Module):
     @property
     def uses_prototypes(self) -> bool:
         """Whether any term needs the bank."""
+        return self.relation > 0 or (self.robust_by == "omega" and self.weighs)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether any term weighs its instances."""
         return (
-            self.relation > 0
+            (self.robust_relation and self.relation > 0)
             or (self.robust_imitation and self.foreground > 0)
             or (self.robust_logits and self.logits > 0)
         )
@@ -180,6 +193,7 @@ class RobustDistillLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         logit_box: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
+        confidence: Tensor | None = None,
         weighted: bool = True,
         return_weights: bool = False,
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
@@ -197,6 +211,7 @@ class RobustDistillLoss(nn.Module):
             logit_box: int64 ``(N,)``, for each logit row the index of its box in ``targets``;
                 without it soft labels are not weighted by omega.
             rows: Pooled rows ``(L, R, Cs)``, ``(L, R, Ct)`` of the boxes, if already at hand.
+            confidence: With ``weights="confidence"`` the weight of each box, ``(R,)``.
             weighted: Multiply the terms by their weights.
             return_weights: Also return omega.
 
@@ -212,6 +227,15 @@ class RobustDistillLoss(nn.Module):
         terms: dict[str, Tensor] = {}
         levels, boxes = len(self.strides), len(targets)
         omega = torch.ones(levels, boxes, device=student[0].device)
+        given = None  # weights that do not come of prototypes
+        if self.robust_by == "confidence" and self.weighs:
+            if confidence is None:
+                raise ValueError(
+                    f"confidence: expected a weight ({boxes},) of each box, since "
+                    'weights="confidence", but got None'
+                )
+            _check.shape("confidence", confidence, (boxes,))
+            given = omega = confidence.detach().expand(levels, boxes)
         if self.uses_prototypes:
             if rows is None:
                 with torch.set_grad_enabled(self.relation > 0 and torch.is_grad_enabled()):
@@ -220,7 +244,7 @@ class RobustDistillLoss(nn.Module):
             s, t, g_s, g_t, prototype_labels = self._prototypes(rows, bank)
             own = own_class(prototype_labels, targets.labels)
             # Omega comes out of the same cosines, with and without the term.
-            relation, omega = relate(
+            relation, found = relate(
                 s,
                 t,
                 g_s,
@@ -228,8 +252,10 @@ class RobustDistillLoss(nn.Module):
                 pairs=own if self.own_class else prototype_labels[:, None, :] >= 0,
                 beta=self.beta,
                 own=own,
-                robust=self.robust_relation,
+                weights=given if self.robust_relation else None,
+                robust=self.robust_relation and given is None,
             )
+            omega = found if given is None else given
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
         if self.imitates:
             foreground, background = self._imitation(
@@ -266,7 +292,10 @@ class RobustDistillLoss(nn.Module):
         targets: Targets,
         bank: PrototypeBank,
     ) -> Tensor:
-        """Robust weights ``(L, R)`` of the boxes, whatever the switches say; without gradient."""
+        """Robust weights ``(L, R)`` of the boxes, whatever the switches say; without gradient.
+
+        Those of the prototypes; confidence is not known of maps.
+        """
         check_pyramids(student, teacher, self.strides)
         with torch.no_grad():
             rows = (
