@@ -135,7 +135,11 @@ class Dense:
     @cached_property
     def scores(self) -> Tensor:
         """The largest probability at each location, ``(B, N)``; 0 where it stands for nothing."""
-        scores = self.probabilities().amax(dim=2)
+        if self.activation == "sigmoid":  # which rises: of the largest logit alone
+            largest = self.logits.amax(dim=2)
+            scores = largest.to(torch.promote_types(largest.dtype, torch.float32)).sigmoid()
+        else:
+            scores = self.probabilities().amax(dim=2)
         return scores if self.valid is None else scores * self.valid
 
     def split(self, rows: Tensor) -> list[Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..ops.precision import accumulate
+from ..ops.correlation import standardised
+from ..ops.shares import share_divergence
 from ..step import Step
 from .base import Common, DistillLoss
-from .pkd import standardised
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,14 +49,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
 def _divergence(
     student: Tensor, teacher: Tensor, temperature: float, weights: Tensor | None = None
 ) -> Tensor:
-    s, t = (accumulate(x).flatten(2) / temperature for x in (student, teacher))
-    s, t = s.log_softmax(dim=2), t.log_softmax(dim=2)
-    cells = t.exp() * (t - s)
-    if weights is not None:
-        # Both distributions sum to 1, so that q - p adds nothing to their divergence; with it no
-        # cell's own share is negative, and weights may be laid over the cells.
-        cells = (cells + s.exp() - t.exp()) * weights.flatten(1)[:, None]
-    return temperature**2 * cells.sum() / max(student.shape[0] * student.shape[1], 1)
+    total = share_divergence(student, teacher, temperature, weights)
+    return temperature**2 * total / max(student.shape[0] * student.shape[1], 1)
 
 
 class CWD(DistillLoss):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import _check
+from ..ops.entropy import binary_entropies
 from ..ops.imitation import masked_error
 from ..ops.precision import accumulate
 from ..step import Dense, Step
@@ -89,12 +90,10 @@ def _not_zero(total: Tensor) -> Tensor:
 
 def _cross_entropy(student: Tensor, teacher: Tensor, activation: str) -> Tensor:
     """Of logits ``(..., K)`` with the teacher's probabilities as targets, summed over classes."""
+    if activation == "sigmoid":
+        return binary_entropies(student, teacher)
     student, teacher = accumulate(student), accumulate(teacher.detach())
-    if activation == "softmax":
-        return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
-    entropy = functional.binary_cross_entropy_with_logits
-    target = teacher.sigmoid().to(student.dtype)
-    return entropy(student, target, reduction="none").sum(dim=-1)
+    return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def _require_shared(name: str, head: Dense, strides: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..ops.precision import accumulate
+from ..ops.correlation import standardised_error
 from ..ranks import Ranks
 from ..step import Step
 from .base import Common, DistillLoss
@@ -43,38 +43,17 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         0.0
     """
     _check.same_maps(student, teacher)
-    return _half_squares(standardised(student), standardised(teacher.detach()))
+    return _half_squares(student, teacher)
 
 
-def _half_squares(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    squares = (student - teacher).square()
-    if weights is not None:
-        squares = squares * weights[:, None]
-    return squares.sum() / (2 * max(student.numel(), 1))
-
-
-def standardised(x: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Each channel of ``(B, C, H, W)`` with mean 0 and standard deviation 1.
-
-    Args:
-        x: Map.
-        total: Sums a tensor over everybody whose values count; ``None``: these alone.
-    """
-    x = accumulate(x)
-    if total is None:
-        total = _own
-    count = total(x.new_full((), x.numel() // max(x.shape[1], 1)))
-    mean = total(x.sum(dim=(0, 2, 3))) / count.clamp(min=1)
-    centred = x - mean[:, None, None]
-    variance = total(centred.square().sum(dim=(0, 2, 3))) / (count - 1).clamp(min=1)
-    # A constant channel has a variance of rounding errors; the root's gradient at 0 is infinite.
-    rounding = (8 * torch.finfo(x.dtype).eps * mean.detach()).square()
-    std = torch.where(variance <= rounding, 1.0, variance).sqrt()
-    return centred / (std + 1e-6)[:, None, None]
-
-
-def _own(x: Tensor) -> Tensor:
-    return x
+def _half_squares(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    error = standardised_error(student, teacher, weights, total)
+    return error / (2 * max(student.numel(), 1))
 
 
 class PKD(DistillLoss):
@@ -115,6 +94,5 @@ class PKD(DistillLoss):
         total = Ranks(self.distributed).total if shared else None
         found = []
         for level, (s, t) in enumerate(zip(self.adapted(step), step.teacher, strict=True)):
-            s, t = standardised(s, total), standardised(t, total)
-            found.append(_half_squares(s, t, self.cell_weights(step, level)))
+            found.append(_half_squares(s, t, self.cell_weights(step, level), total))
         return {"": torch.stack(found).sum()}

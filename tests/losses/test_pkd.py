@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import global_kd.functional as F
 from global_kd.losses import PKD
-from global_kd.losses.pkd import standardised
+from global_kd.ops.correlation import standardised
 from tests.losses import promises
 from tests.losses.promises import CHANNELS, SIZES, STRIDES, maps, pyramids
 from tests.strategies import random
