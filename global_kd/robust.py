@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from . import _check
+from .ops import projection, relation
 from .ops.cosine import cosines
-from .ops.relation import agreement, own_class
+
+AGREEMENTS = ("cosine", "projection")
 
 
 @torch.no_grad()
@@ -16,6 +18,8 @@ def robust_weights(
     teacher_prototypes: Tensor,
     prototype_labels: Tensor,
     labels: Tensor,
+    *,
+    agreement: str = "cosine",
 ) -> Tensor:
     r"""Weight in [0, 1] of each instance, from its nearest prototype in either space.
 
@@ -26,6 +30,13 @@ def robust_weights(
     released code leaves the value unclamped and may turn it negative). The two maxima may be
     attained at different prototypes.
 
+    ``agreement="projection"`` compares what is left of the paper's own figure, which projects an
+    instance onto the prototypes and measures the discrepancy there (third-hand: the paper's body
+    could not be read). With ``alpha`` the coefficients of the unit row on the ``K`` unit
+    prototypes ``G`` of its class, ``(G G^T + 0.01 I)^{-1} G f``,
+
+    .. math:: \omega_n = 1 - \mathrm{clamp}\bigl(\|\alpha^s_n - \alpha^t_n\| / \sqrt K,\ 0,\ 1\bigr)
+
     Args:
         student: Pooled student features ``(..., R, Cs)``; the leading dimension, if any, is the
             level.
@@ -34,6 +45,7 @@ def robust_weights(
         teacher_prototypes: ``(..., P, Ct)``, row for row the same instances.
         prototype_labels: Class of each prototype, int64 ``(..., P)``; -1 marks an empty slot.
         labels: Class of each instance, int64 ``(R,)`` or ``(..., R)``.
+        agreement: ``"cosine"`` (released) or ``"projection"``.
 
     Returns:
         ``(..., R)`` in at least float32, without gradient. A class without prototypes has weight 1.
@@ -54,6 +66,7 @@ def robust_weights(
         >>> [round(v, 4) for v in w.tolist()]  # 1 - (1 - cos 45 deg) for the second
         [1.0, 0.7071]
     """
+    _check.one_of("agreement", agreement, AGREEMENTS)
     _check.paired_rows(student, teacher)
     _check.paired_prototypes(student, teacher, student_prototypes, teacher_prototypes)
     _check.integer("prototype_labels", prototype_labels)
@@ -61,10 +74,13 @@ def robust_weights(
     _check.shape("prototype_labels", prototype_labels, student_prototypes.shape[:-1])
     _check.shape("labels", labels, student.shape[:-1] if labels.dim() > 1 else student.shape[-2:-1])
     _check.same_device(student=student, prototype_labels=prototype_labels, labels=labels)
-    return agreement(
-        cosines(student, student_prototypes),
-        cosines(teacher, teacher_prototypes),
-        own_class(prototype_labels, labels),
+    own = relation.own_class(prototype_labels, labels)
+    if agreement == "projection":
+        a_s = projection.coefficients(student, student_prototypes, prototype_labels)
+        a_t = projection.coefficients(teacher, teacher_prototypes, prototype_labels)
+        return projection.agreement(a_s, a_t.to(a_s.dtype), own)
+    return relation.agreement(
+        cosines(student, student_prototypes), cosines(teacher, teacher_prototypes), own
     )
 
 

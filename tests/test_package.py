@@ -271,11 +271,12 @@ SIGNATURES = {
     "rank_loss": "(student_scores, teacher_scores, box, weights=None, *, num_boxes=None)",
     "relation_loss": (
         "(student, teacher, student_prototypes, teacher_prototypes, weights=None, *, "
-        "pairs=None, beta=1.0)"
+        "pairs=None, beta=1.0, agreement='cosine', prototype_labels=None)"
     ),
     "richness_loss": "(student, teacher, student_logits, teacher_logits, *, normalizer='cells')",
     "robust_weights": (
-        "(student, teacher, student_prototypes, teacher_prototypes, prototype_labels, labels)"
+        "(student, teacher, student_prototypes, teacher_prototypes, prototype_labels, labels, *, "
+        "agreement='cosine')"
     ),
     "select_instances": (
         "(student_probs, teacher_probs, student_boxes, teacher_boxes, k=10, *, threshold=0.3)"

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from ..ops.relation import relate
+from ..robust import AGREEMENTS
 
 
 def relation_loss(
@@ -16,6 +17,8 @@ def relation_loss(
     *,
     pairs: Tensor | None = None,
     beta: float = 1.0,
+    agreement: str = "cosine",
+    prototype_labels: Tensor | None = None,
 ) -> Tensor:
     r"""Difference of the instance-to-prototype cosines in the two spaces.
 
@@ -26,6 +29,10 @@ def relation_loss(
     gradient: its features are taken *before* the adapter, in the space the student prototypes
     live in.
 
+    With ``agreement="projection"`` the coefficients of an instance on the prototypes of each class
+    stand in place of its cosines, as the paper has it, see
+    :func:`global_kd.functional.robust_weights`.
+
     Args:
         student: Pooled student features ``(..., R, Cs)``; the leading dimension, if any, is the
             level, and the result is the mean over levels.
@@ -34,7 +41,10 @@ def relation_loss(
         teacher_prototypes: ``(..., P, Ct)``, row for row the same instances.
         weights: Robust weights ``(..., R)``.
         pairs: Bool, broadcastable to ``(..., R, P)``: which pairs count; all by default.
-        beta: Cosine difference at which the square turns linear, > 0.
+        beta: Difference at which the square turns linear, > 0.
+        agreement: ``"cosine"`` (released) or ``"projection"``.
+        prototype_labels: Class of each prototype, int64 ``(..., P)``, -1 an empty slot, for
+            ``"projection"``: each class is a basis of its own. ``None``: all are one basis.
 
     Returns:
         A scalar in at least float32; a zero that still back-propagates where no pair counts.
@@ -50,6 +60,10 @@ def relation_loss(
     _check.paired_rows(student, teacher)
     _check.paired_prototypes(student, teacher, student_prototypes, teacher_prototypes)
     _check.positive("beta", beta)
+    _check.one_of("agreement", agreement, AGREEMENTS)
+    if prototype_labels is not None:
+        _check.integer("prototype_labels", prototype_labels)
+        _check.shape("prototype_labels", prototype_labels, student_prototypes.shape[:-1])
     if weights is not None:
         _check.tensor("weights", weights, None, "(..., R)")
         _check.shape("weights", weights, student.shape[:-1])
@@ -63,7 +77,9 @@ def relation_loss(
             raise ValueError(
                 f"pairs: expected a shape broadcastable to {whole}, but got {tuple(pairs.shape)}"
             )
-    _check.same_device(student=student, weights=weights, pairs=pairs)
+    _check.same_device(
+        student=student, weights=weights, pairs=pairs, prototype_labels=prototype_labels
+    )
     loss, _ = relate(
         student,
         teacher,
@@ -72,5 +88,7 @@ def relation_loss(
         pairs=pairs,
         beta=beta,
         weights=weights,
+        labels=prototype_labels,
+        project=agreement == "projection",
     )
     return loss

@@ -13,7 +13,7 @@ from ..ops.imitation import imitation
 from ..ops.relation import own_class, relate
 from ..prototypes.bank import PrototypeBank
 from ..pyramid import check_pyramids
-from ..robust import robust_weights
+from ..robust import AGREEMENTS, robust_weights
 from ..targets import Targets
 from .imitation import NORMALIZERS, scale_of
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
@@ -79,6 +79,9 @@ class RobustDistillLoss(nn.Module):
             space, instead of around zero. Maps whose channels share a large mean have all their
             cosines near 1 otherwise.
         beta: Of the relation's smooth L1.
+        agreement: How instances are described for omega and the relation: ``"cosine"``, by their
+            cosines to prototypes (released), or ``"projection"``, by their coefficients on them
+            (paper), see :func:`global_kd.functional.robust_weights`.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class RobustDistillLoss(nn.Module):
         own_class: bool = False,
         center: bool = False,
         beta: float = 1.0,
+        agreement: str = "cosine",
     ) -> None:
         super().__init__()
         self.strides = tuple(float(s) for s in strides)
@@ -127,6 +131,7 @@ class RobustDistillLoss(nn.Module):
         _check.one_of("levels", levels, ("assigned", "all"))
         _check.one_of("weights", weights, WEIGHTS)
         self.robust_by = weights
+        _check.one_of("agreement", agreement, AGREEMENTS)
         self.weights = {name: float(value) for name, value in self.weights.items()}
         self.robust_imitation = robust_imitation
         self.robust_relation = robust_relation
@@ -141,6 +146,7 @@ class RobustDistillLoss(nn.Module):
         self.own_class = own_class
         self.center = center
         self.beta = beta
+        self.agreement = agreement
 
     @property
     def foreground(self) -> float:
@@ -254,6 +260,8 @@ class RobustDistillLoss(nn.Module):
                 own=own,
                 weights=given if self.robust_relation else None,
                 robust=self.robust_relation and given is None,
+                labels=prototype_labels,
+                project=self.agreement == "projection",
             )
             omega = found if given is None else given
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
@@ -302,7 +310,8 @@ class RobustDistillLoss(nn.Module):
                 pool_levels(student, targets, self.strides),
                 pool_levels(teacher, targets, self.strides),
             )
-            return robust_weights(*self._prototypes(rows, bank), targets.labels)
+            given = *self._prototypes(rows, bank), targets.labels
+            return robust_weights(*given, agreement=self.agreement)
 
     def _prototypes(
         self, rows: tuple[Tensor, Tensor], bank: PrototypeBank

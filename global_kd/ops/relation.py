@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import projection
 from .cosine import cosines
 from .dispatch import backend
 from .precision import accumulate
@@ -45,6 +46,8 @@ def relate(
     own: Tensor | None = None,
     weights: Tensor | None = None,
     robust: bool = False,
+    labels: Tensor | None = None,
+    project: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The relation loss, see ``losses/relation.py``, and the robust weights on the way.
 
@@ -58,24 +61,31 @@ def relate(
         own: Bool ``(..., R, P)``, from :func:`own_class`; without it the robust weights are 1.
         weights: ``(..., R)``, given from outside.
         robust: Weigh by the robust weights.
+        labels: int64 ``(..., P)`` of the prototypes, for ``project``.
+        project: Take coefficients on the prototypes of each class in place of cosines; it has one
+            form only.
 
     Returns:
         The mean over levels of the mean over counted pairs, 0-d; robust weights ``(..., R)``.
     """
     g_s, g_t = student_prototypes.detach(), teacher_prototypes.detach()
     weights = None if weights is None else accumulate(weights.detach())
-    form = backend(student)
+    form = "definition" if project else backend(student)
     if form == "cpu":
         small = pairs, own, weights, robust, beta
         return _InOneGo.apply(student, teacher.detach(), g_s, g_t, *small)  # type: ignore[no-any-return]
-    q_s = cosines(student, g_s)
-    q_t = cosines(teacher.detach(), g_t).to(q_s.dtype)
+    if project:
+        q_s = projection.coefficients(student, g_s, labels)
+        q_t = projection.coefficients(teacher.detach(), g_t, labels).to(q_s.dtype)
+    else:
+        q_s = cosines(student, g_s)
+        q_t = cosines(teacher.detach(), g_t).to(q_s.dtype)
     if form == "triton":
         from ._triton.relation import relation_rows
 
         rows, omega = relation_rows(q_s, q_t, pairs, own, weights, robust, beta)
         return (rows.sum(dim=-1) / _counted(pairs, q_s)).mean(), omega
-    omega = agreement(q_s, q_t, own)
+    omega = projection.agreement(q_s, q_t, own) if project else agreement(q_s, q_t, own)
     if robust:
         weights = omega
     gap = q_s - q_t
