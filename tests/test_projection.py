@@ -59,11 +59,10 @@ def weigh(r):
     return F.robust_weights(*r.features, r.prototype_labels, r.labels, agreement="projection")
 
 
-def related(r, labels="own", **options):
-    if labels == "own":
-        labels = r.prototype_labels
-    options = {"weights": r.weights} | options
-    return F.relation_loss(*r.features, agreement="projection", prototype_labels=labels, **options)
+def related(r, labels="own", beta=1.0):
+    given = *r.features, r.weights
+    labels = r.prototype_labels if labels == "own" else labels
+    return F.relation_loss(*given, beta=beta, agreement="projection", prototype_labels=labels)
 
 
 @given(relations())
