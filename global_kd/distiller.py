@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from . import _check
 from .detectors import Detector, Look, ModuleDetector, Pixels, ReadHead, Seen, detector_of
-from .doctor import Calibration, Report, examine, measure, weights_for
-from .hooks import FeatureTap, evaluating, unwrap
+from .doctor import Calibration, HeldShares, Report, Setup, calibrate, examine
+from .hooks import FeatureTap, evaluating, sharded_modules, unwrap
 from .losses.base import DistillLoss, Levels
 from .pair import Pair
 from .prototypes.bank import PrototypeBank
@@ -143,6 +143,7 @@ class Distiller(nn.Module):
         self._tap = FeatureTap(student, self._pair.taps(self._wanted), inputs=mine.inputs)
         self._adapter_versions: dict[str, int] = {}
         self._calls = 0
+        self._held = HeldShares()
         self._told_of_gradients = False
 
     @property
@@ -187,6 +188,8 @@ class Distiller(nn.Module):
         self._models[1].eval()
         facts = self._facts_of(active)
         seen = self._pair.read(self._tap.read(images), images, targets, facts)
+        if self.training and self._held.due(dict(self._each())):
+            self._held.hold(self._setup(), images, targets)
         with torch.no_grad():
             looked = self._pair.look(seen.look.view)
         if self._calls == 0:
@@ -376,11 +379,7 @@ class Distiller(nn.Module):
             >>> kd.check(images, targets, optimizer=optimizer)  # doctest: +SKIP
         """
         report = examine(
-            self._pair,
-            dict(self._each()),
-            self._tap,
-            self._pass_on,
-            self._wanted,
+            self._setup(),
             images,
             targets,
             nothing_distilled=self.nothing_distilled,
@@ -399,6 +398,8 @@ class Distiller(nn.Module):
         share: float | Mapping[str, float] = 0.3,
         loader: Iterable[Any] | None = None,
         batches: int = 4,
+        every: int | None = None,
+        band: float = 0.1,
         detection_loss: Callable[[nn.Module], Tensor] | None = None,
         verbose: bool = True,
     ) -> Calibration:
@@ -409,6 +410,12 @@ class Distiller(nn.Module):
         on the student's maps is measured, and the weights are set once. They are kept in
         ``state_dict``. Terms without a weight stay off. Nothing else is changed.
 
+        A share drifts while the student learns. ``every=n`` holds it: each ``n`` calls of
+        :meth:`forward` in training mode it is measured anew on that batch, and where it has left a
+        band around the share, the weight is brought back, by a factor of 10 at most (RT-DETRv4
+        steers its one term so). Such a call runs the student once more, and goes backward to the
+        maps for each term. Shares are those before schedules, which go on as they are.
+
         Args:
             images: A training batch, as for :meth:`forward`.
             targets: Likewise.
@@ -416,6 +423,11 @@ class Distiller(nn.Module):
                 or by term (``{"kd_pkd": 0.2}``; those not named keep their weights).
             loader: Batches to take instead of one.
             batches: How many of them.
+            every: Training calls after which to measure again, from now to the end; ``None``:
+                never. Kept in ``state_dict``. Not for detectors of no known framework, and not for
+                FSDP2; call this method every so often instead.
+            band: Part of a share by which it may be off without a change: 0.1 leaves 0.27 to 0.33
+                of a share of 0.3 alone.
             detection_loss: For detectors of no known framework: ``model -> scalar``, the
                 detector's own training loss on the batch given.
             verbose: Print the table.
@@ -444,28 +456,53 @@ class Distiller(nn.Module):
                 "detection_loss: expected None beside loader, since it computes the loss of one "
                 "batch; pass images and targets instead"
             )
-        given = [(images, targets)]
+        self._may_hold(every, band, detection_loss)
+        given: Iterable[tuple[Any, ...]] = [(images, targets)]
         if loader is not None:
             device = next(self._models[0].parameters()).device
             taken = zip(range(batches), loader, strict=False)
-            given = [batch_arguments(batch, device) for _, batch in taken]
-        losses = dict(self._each())
-        found = [
-            measure(
-                self._pair, losses, self._tap, self._pass_on, self._wanted, *batch, detection_loss
-            )
-            for batch in given
-        ]
-        calibration = weights_for(losses, found, share)
+            given = (batch_arguments(batch, device) for _, batch in taken)
+        calibration = calibrate(self._setup(), given, share, detection_loss)
+        self._held.every, self._held.band = every, band
+        wanted = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
+        self._held.wanted = dict(wanted) if every is not None else {}
         if verbose:
             print(calibration)
         return calibration
 
+    def _may_hold(self, every: int | None, band: float, detection_loss: Any) -> None:
+        _check.count("every", every)
+        _check.positive("band", band)
+        if every is not None and (detection_loss is not None or sharded_modules(self._models[0])):
+            who = "detection_loss, which" if detection_loss is not None else "FSDP2, where a loss"
+            raise ValueError(
+                f"every: expected None with {who} is computed for one batch alone; call "
+                f"calibrate yourself every {every} steps instead"
+            )
+
+    def _setup(self) -> Setup:
+        """What the doctor tries out."""
+        return Setup(self._pair, dict(self._each()), self._tap, self._pass_on, self._wanted)
+
+    def get_extra_state(self) -> Tensor:
+        """The shares that are held, for ``state_dict``."""
+        return self._held.state(dict(self._each()))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on holding them."""
+        self._held.load(state, dict(self._each()))
+
     def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
-        """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`."""
+        """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`.
+
+        Where shares are held, also ``weight/<name>`` of the terms.
+        """
         numbers: dict[str, float] = {}
         for _, loss in self._each():
             numbers |= loss.telemetry(detection_loss)
+            for part, weight in loss.weights.items():
+                if (name := loss.term_name(part)) in self._held.wanted:
+                    numbers[f"weight/{name}"] = weight
         return numbers
 
     @torch.no_grad()

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..hooks import FeatureTap
 from ..losses.base import DistillLoss
-from ..pair import Pair
 from ..ranks import Ranks
-from ..schedules import Schedule
-from .examine import PassOn, own_loss, trial_of
 from .report import table
-from .untouched import untouched, wait_for_no_rank
+from .trial import DetectionLoss, Setup, gradients, norm, trial
 
 
 @dataclass(frozen=True)
@@ -59,82 +54,60 @@ class Calibration:
         return f"{table(shown)}\n\nshares of {self.detection:.3g}, the detection loss's gradient"
 
 
-def gradient_norm(value: Tensor, inputs: Sequence[Tensor]) -> float:
-    """Norm of a scalar's gradient over some tensors together; 0 where there is none."""
-    # What a tap recorded may be a copy, which the detector's own head does not see.
-    wanted = [_as_put_out(x) for x in inputs if x.requires_grad]
-    if not value.requires_grad or not wanted:
-        return 0.0
-    found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
-    return math.sqrt(sum(float(g.float().square().sum()) for g in found if g is not None))
-
-
-def _as_put_out(x: Tensor) -> Any:
-    """A tensor, or the place in the graph that it was cloned from."""
-    if x.grad_fn is None or x.grad_fn.name() != "CloneBackward0":
-        return x
-    node, output = x.grad_fn.next_functions[0]
-    return x if node is None else torch.autograd.graph.GradientEdge(node, output)
-
-
 def measure(
-    pair: Pair,
-    losses: Mapping[str, DistillLoss],
-    tap: FeatureTap,
-    pass_on: PassOn,
-    facts: frozenset[str],
-    images: Any,
-    targets: Any,
-    detection_loss: Callable[[nn.Module], Tensor] | None,
+    setup: Setup, images: Any, targets: Any = None, *, detection_loss: DetectionLoss | None = None
 ) -> tuple[float, dict[str, float]]:
     """Gradients on the student's maps of one batch: the detection loss's, each term's at weight 1.
 
-    Terms relate to prototypes of this batch where there are none yet. Nothing is changed.
+    Nothing is changed.
+
+    Raises:
+        ValueError: The detection loss is not known.
+    """
+    with trial(setup, images, targets, detection_loss, shares=True) as step:
+        assert step.detection is not None
+        maps = step.seen.look.maps
+        whole = norm(gradients(step.detection, maps))
+        norms = {}
+        for loss in step.losses.values():
+            for part, weight in loss.weights.items():
+                if (name := loss.term_name(part)) in step.terms:
+                    norms[name] = norm(gradients(step.terms[name], maps)) / weight
+    return whole, norms
+
+
+def calibrate(
+    setup: Setup,
+    batches: Iterable[tuple[Any, ...]],
+    share: float | Mapping[str, float],
+    detection_loss: DetectionLoss | None,
+) -> Calibration:
+    """Measure on batches, and set the weights.
 
     Raises:
         ValueError: The detection loss is not known, or its gradient does not reach the maps.
     """
-    student, teacher = pair.models
-    with untouched(*pair.models), torch.enable_grad():
-        student.train()
-        wait_for_no_rank(student)
-        teacher.eval()
-        detection = own_loss(student, pair.student, images, targets, detection_loss)
-        if detection is None:
-            raise ValueError(
-                "detection_loss: expected a function model -> scalar, the detector's own training "
-                f"loss on this batch, since that of {type(student).__name__} is not known here, "
-                "but got None"
-            )
-        seen = pair.read(tap.read(images), images, targets, facts)
-        with torch.no_grad():
-            looked = pair.look(seen.look.view)
-        trial = trial_of(losses, lambda copies: pass_on(copies, seen, looked))
-        for loss in trial.values():
-            loss.schedules = dict.fromkeys(loss.schedules, Schedule("constant"))
-            loss.warmup_steps = 0
-        terms = pass_on(trial, seen, looked)
-        whole = gradient_norm(detection, seen.look.maps)
-        if whole == 0:
-            raise ValueError(
-                "student: expected a detection loss with a gradient on the feature maps, but it "
-                "has none; tap maps that are trained, and compute the loss from the forward pass "
-                "that detection_loss runs"
-            )
-        norms = {}
-        for loss in trial.values():
-            for part, weight in loss.weights.items():
-                if (name := loss.term_name(part)) in terms:
-                    norms[name] = gradient_norm(terms[name], seen.look.maps) / weight
-    return whole, norms
+    found = [measure(setup, *batch, detection_loss=detection_loss) for batch in batches]
+    if not all(whole for whole, _ in found):
+        raise ValueError(
+            "student: expected a detection loss with a gradient on the feature maps, but it "
+            "has none; tap maps that are trained, and compute the loss from the forward pass "
+            "that detection_loss runs"
+        )
+    return weights_for(setup.losses, found, share)
 
 
 def weights_for(
     losses: Mapping[str, DistillLoss],
     measured: Sequence[tuple[float, dict[str, float]]],
     share: float | Mapping[str, float],
+    band: float | None = None,
 ) -> Calibration:
-    """Set the weights so that each term's gradient is its share; the means over batches count."""
+    """Set the weights so that each term's gradient is its share; the means over batches count.
+
+    With a ``band`` a term whose share is off by no more than this part of it keeps its weight, and
+    no weight changes by more than a factor of 10.
+    """
     names = [name for loss in losses.values() for name in loss.term_names]
     total = torch.zeros(2, len(names) + 1, dtype=torch.float64)
     for whole, norms in measured:
@@ -152,11 +125,20 @@ def weights_for(
                 continue
             wanted = share.get(name) if isinstance(share, Mapping) else share
             size = by_name[name]
-            measured_share = before * size / detection if size else math.nan
-            if wanted is None or not size:
-                shares[name] = Share(before, before, measured_share, measured_share)
+            now = before * size / detection if size and detection else math.nan
+            # A step of a training may have had no box at all: then nothing is known, and stays.
+            if wanted is None or not 0 < now < math.inf:
+                shares[name] = Share(before, before, now, now)
                 continue
-            found[part] = wanted * detection / size
-            shares[name] = Share(before, found[part], measured_share, wanted)
+            factor = wanted / now
+            if band is None:
+                found[part] = before * factor
+            elif abs(now / wanted - 1) > band:
+                factor = min(10.0, max(0.1, factor))
+                found[part] = before * factor
+            after = found.get(part, before)
+            shares[name] = Share(
+                before, after, now, wanted if band is None else now * after / before
+            )
         loss.calibrate(found)
     return Calibration(detection, shares)

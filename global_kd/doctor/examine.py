@@ -1,58 +1,46 @@
 """The doctor before the first epoch: what one batch tells about a distillation set-up."""
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..detectors import Detections, Detector, Look, Seen
-from ..hooks import FeatureTap
 from ..instances import assign_levels
 from ..losses.base import DistillLoss
 from ..pair import Pair
 from ..targets import Targets
 from .boxes import SCORE, doubts
 from .report import Level, Report, Term
-from .untouched import train_all_but_statistics, untouched, wait_for_no_rank
+from .trial import DetectionLoss, Setup, gradients, norm, own_loss, trial
+from .untouched import train_all_but_statistics
 
 _ENOUGH = 3  # boxes from which on a batch can tell one reading from another
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
 _TYRANT = 10.0  # a term above this many detection losses leaves them no say
-PassOn = Callable[[Mapping[str, DistillLoss], Seen, Look], dict[str, Tensor]]
 
 
 def examine(
-    pair: Pair,
-    losses: Mapping[str, DistillLoss],
-    tap: FeatureTap,
-    pass_on: PassOn,
-    facts_wanted: frozenset[str],
+    setup: Setup,
     images: Any,
     targets: Any,
     *,
     nothing_distilled: Callable[[], str],
     optimizer: torch.optim.Optimizer | None,
-    detection_loss: Callable[[nn.Module], Tensor] | None,
+    detection_loss: DetectionLoss | None,
 ) -> Report:
     """One step of a student and its teacher, looked at from all sides; nothing is changed."""
+    pair, losses = setup.pair, setup.losses
     models, (student, teacher) = pair.models, pair.models
     facts: list[str] = []
     problems: list[str] = []
 
-    with untouched(*models):
-        student.train()
-        wait_for_no_rank(student)
-        teacher.eval()
-        with torch.enable_grad():
-            detection = own_loss(student, pair.student, images, targets, detection_loss)
-            seen = pair.read(tap.read(images), images, targets, facts_wanted)
-            with torch.no_grad():
-                looked, again = pair.look(seen.look.view), pair.look(seen.look.view)
-            trial = trial_of(losses, lambda copies: pass_on(copies, seen, looked))
-            values = pass_on(trial, seen, looked)
-            terms = _terms(student, values, detection)
+    with trial(setup, images, targets, detection_loss) as step:
+        seen, looked, values, detection = step.seen, step.looked, step.terms, step.detection
+        with torch.no_grad():
+            again = pair.look(seen.look.view)
+        terms = _terms(student, values, detection)
         own = None if detection is None else float(detection.detach())
         theirs = None
         if pair.student.kind is not None and pair.student.kind == pair.teacher.kind:
@@ -93,37 +81,6 @@ def examine(
     return Report(rows, terms, facts, problems)
 
 
-def own_loss(
-    model: nn.Module,
-    detector: Detector,
-    images: Any,
-    targets: Any,
-    detection_loss: Callable[[nn.Module], Tensor] | None,
-) -> Tensor | None:
-    """A detector's own training loss on a batch; ``None``: unknown."""
-    if detection_loss is not None:
-        return detection_loss(model)
-    return detector.losses(images, targets)
-
-
-def trial_of(
-    losses: Mapping[str, DistillLoss], run: Callable[[Mapping[str, DistillLoss]], Any]
-) -> dict[str, DistillLoss]:
-    """Copies of the losses, in train mode, with prototypes of one batch where they have none."""
-    trial = {name: copy.deepcopy(loss).train() for name, loss in losses.items()}
-    for loss in trial.values():
-        loss.distributed = False  # one rank may look alone
-        if loss.keeps_prototypes:
-            loss.generator.distributed = False
-    keeper = next((loss for loss in trial.values() if loss.keeps_prototypes), None)
-    if keeper is not None and not keeper.bank.valid.any():
-        keeper.generator.min_side = 0.0
-        keeper.collect()
-        run({keeper.name: keeper})
-        keeper.refresh()
-    return trial
-
-
 def _prototypes(facts: list[str], problems: list[str], keeper: DistillLoss, truth: Targets) -> None:
     least = keeper.generator.min_side
     small = (truth.boxes[:, 2:] - truth.boxes[:, :2]).amin(dim=1) <= least
@@ -148,22 +105,16 @@ def _terms(
     terms = {}
     everything = {**values, **({} if detection is None else {"detection": detection})}
     for name, value in everything.items():
-        gradients: Sequence[Tensor | None] = [None] * len(named)
-        if value.requires_grad and named:
-            gradients = torch.autograd.grad(
-                value, [p for _, p in named], retain_graph=True, allow_unused=True
-            )
+        found = gradients(value, [p for _, p in named])
         reached: dict[str, tuple[int, int]] = {}
-        squares = 0.0
-        for (path, _), g in zip(named, gradients, strict=True):
+        for (path, _), g in zip(named, found, strict=True):
             child = path.split(".")[0]
             some, count = reached.get(child, (0, 0))
             hit = g is not None and bool(g.any())
             reached[child] = (some + hit, count + 1)
-            squares += 0.0 if g is None else float(g.float().square().sum())
         number = float(value.detach())
         share = number / whole if whole and name != "detection" else None
-        terms[name] = Term(number, share, squares**0.5, reached)
+        terms[name] = Term(number, share, norm(found), reached)
     return terms
 
 

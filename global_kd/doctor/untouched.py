@@ -24,7 +24,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
                 vars(module).update(kept)
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    # A write to one that did not move would break a graph that is under way.
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

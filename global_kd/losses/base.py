@@ -505,6 +505,11 @@ class DistillLoss(nn.Module):
         factor = self.schedules[name](self.progress)
         return factor * min(1.0, self.step / self.warmup_steps) if self.warmup_steps else factor
 
+    def at_full_weight(self) -> None:
+        """Without schedules and warm-up from now on."""
+        self.schedules = dict.fromkeys(self.schedules, Schedule("constant"))
+        self.warmup_steps = 0
+
     def _join_ranks(self) -> None:
         """Average the gradients of this loss's parameters over the ranks, if there are several."""
         # Sharded parameters are somebody else's to reduce.

@@ -42,6 +42,7 @@ class DistillationTrainer(DetectionTrainer):
     teacher: Any = None
     losses: Any = None
     kd: Distiller
+    _adding = False
 
     @classmethod
     def of(cls, teacher: Any, losses: Any = None) -> type[DistillationTrainer]:
@@ -75,10 +76,14 @@ class DistillationTrainer(DetectionTrainer):
 
     def _add_terms(self, model: nn.Module, args: Any, output: Any) -> tuple[Tensor, Any] | None:
         """The loss of a batch and its items with the terms; both count per batch, not per image."""
-        if not isinstance(args[0], dict):
-            return None  # validation: the moving average has a copy of the hook
+        if not isinstance(args[0], dict) or self._adding:
+            return None  # validation: the moving average has a copy of the hook; or kd's own pass
         loss, items = output
-        terms = self.kd(args[0])
+        self._adding = True
+        try:
+            terms = self.kd(args[0])
+        finally:
+            self._adding = False
         if isinstance(items, dict):
             items = items | {name: term.detach() for name, term in terms.items()}
         return loss.sum() + len(args[0]["img"]) * sum(terms.values()), items

@@ -85,6 +85,75 @@ def test_weights_are_resumed_and_several_batches_are_averaged():
     assert other.losses["global_knowledge"].weights == kd.losses["global_knowledge"].weights
 
 
+def trained(student, kd, steps, first=0):
+    """What a training leaves, and the weight of PKD before each step and after the last."""
+    optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-3)
+    weights = []
+    for step in range(first, first + steps):
+        weights.append(kd.losses["pkd"].weights[""])
+        torch.manual_seed(step)
+        batch = scenes(seed=step)
+        losses = student(*batch)
+        losses |= kd(*batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    states = [*student.state_dict().values(), *kd.losses.state_dict().values()]
+    return states, [*weights, kd.losses["pkd"].weights[""]]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_looking_at_shares_that_stay_in_their_band_changes_no_bit(kind):
+    ends = []
+    for every in (None, 2):
+        student, kd = pair(kind)
+        for module in student.modules():  # frozen ones keep their statistics for the backward pass
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda m, a: m.eval())
+        kd.calibrate(*scenes(), every=every, band=1e9, verbose=False)
+        ends.append(trained(student, kd, 4))
+    assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+
+
+def test_shares_are_brought_back_into_their_band():
+    student, kd = pair("retinanet")
+    kd.calibrate(*scenes(), share={"kd_pkd": 0.3}, every=2, band=0.05, verbose=False)
+    others = dict(kd.losses["global_knowledge"].weights)
+    fitting = kd.losses["pkd"].weights[""]
+    kd.losses["pkd"].calibrate({"": 200 * fitting})
+    _, weights = trained(student, kd, 5)
+    assert weights[0] == weights[2] == 200 * fitting  # looked at when two steps are done
+    assert weights[3] == weights[2] / 10  # no more at once
+    assert weights[4] == weights[3] and fitting / 2 < weights[5] < 2 * weights[4] / 10
+    assert kd.losses["global_knowledge"].weights == others
+    assert kd.telemetry()["weight/kd_pkd"] == weights[5]
+    assert "weight/kd_foreground" not in kd.telemetry()
+
+
+def test_held_shares_resume_bit_for_bit():
+    def start():
+        return pair("retinanet")
+
+    student, kd = start()
+    kd.calibrate(*scenes(), share=0.2, every=2, band=1e-6, verbose=False)
+    trained(student, kd, 3)
+    states = copy.deepcopy((student.state_dict(), kd.state_dict()))
+    whole = trained(student, kd, 3, first=3)
+    student, kd = start()  # knows of no shares
+    student.load_state_dict(states[0])
+    kd.load_state_dict(states[1])
+    resumed = trained(student, kd, 3, first=3)
+    assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
+    assert len(set(whole[1])) > 1  # the weight did move
+    other = Distiller(student, detector("retinanet", 12), [PKD()])
+    with pytest.raises(ValueError, match=r"expected the shares of 1 terms \(kd_pkd\), but got 5"):
+        other.set_extra_state(kd.get_extra_state())
+
+
 def test_a_home_made_detector_says_what_it_minimises():
     student = Detector(4)
     kd = Distiller(student, Detector(9), PKD(), example_inputs=(IMAGES,))
@@ -102,6 +171,11 @@ def test_a_home_made_detector_says_what_it_minimises():
             "share: expected one of 'kd_pkd', but got 'kd_fgd'",
         ),
         ({"images": IMAGES, "share": 0.0}, "share: expected a number > 0"),
+        (
+            {"images": IMAGES, "detection_loss": loss, "every": 9},
+            "every: expected None with detection_loss",
+        ),
+        ({"images": IMAGES, "every": 9, "band": 0.0}, "band: expected a number > 0"),
         (
             {
                 "images": IMAGES,
