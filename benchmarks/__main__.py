@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import compare, methods, pursuit, ranks, report, scaling, suite, training, waits
+from . import compare, methods, pursuit, ranks, report, scaling, shares, suite, training, waits
 from .environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[..., dict[str, Any]], Callable[..., st
     "training": ("the share of KD in a torchvision training step", training.run, training.table),
     "waits": ("whether a step makes the host wait for the GPU", waits.run, waits.table),
     "ranks": ("a refresh of the prototypes on several ranks", ranks.run, ranks.table),
+    "shares": ("what kd.calibrate sets on digit scenes", shares.run, shares.table),
     "pursuit": ("selecting prototypes, against the released", pursuit.run, pursuit.table),
 }
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import shares
 from .measure import LIBRARY
 from .methods import COMPILED_FORMULATION, FORMULATION, GLOBAL_KNOWLEDGE, times
 from .suite import described, mebibytes, milliseconds, number
@@ -20,7 +21,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # benchmark, kind of device
 def load(folder: Path) -> Results:
     """Full runs in float32 only; quick ones are not for quoting."""
     found: Results = {}
-    for name in ("ops", "step", "methods", "training", "scaling", "waits", "ranks"):
+    for name in ("ops", "step", "methods", "training", "scaling", "waits", "ranks", "shares"):
         for kind in KINDS:
             file = folder / f"{name}_{kind}.json"
             if file.exists():
@@ -209,6 +210,20 @@ def ranks(results: Results) -> Iterator[str]:
         )
 
 
+def weights(results: Results) -> Iterator[str]:
+    for kind, result in results.get("shares", {}).items():
+        yield f"## Weights as shares, {KINDS[kind]}"
+        yield ""
+        yield (
+            f"`kd.calibrate(share={result['share']})` on {result['size']}. A share is the mean "
+            "norm of a term's gradient on the student's maps over that of the detection loss's, "
+            "measured by hooks of the benchmark's own; at most "
+            f"{result['worst_error']:.1e} of it off on the batches that were calibrated on."
+        )
+        yield ""
+        yield from rows(list(shares.HEAD), shares.body(result))
+
+
 TITLES = {
     "boxes": ("Cost by number of boxes", "boxes an image"),
     "side": ("Cost by image side", "side of the image, pixels"),
@@ -283,6 +298,7 @@ def main(folder: Path, page: Path = PAGE) -> int:
         *methods(results),
         *training(results),
         *ranks(results),
+        *weights(results),
         *plots(results, page.parent / "images"),
         *machines(results),
     ]

@@ -102,6 +102,24 @@ def test_a_formulation_that_says_something_else_fails(monkeypatch):
     assert not case["gate"] and "ANOTHER ANSWER" in methods.summary(case)
 
 
+@pytest.mark.slow
+def test_shares_are_those_asked_for(tmp_path):
+    result = quick("shares", tmp_path)
+    assert result["passed"] and len(result["students"]) == 2
+    one, two = result["students"].values()
+    assert one.keys() == two.keys() >= {"kd_foreground", "kd_pkd", "kd_fgd_attention"}
+    # Of unlike depth: unlike weights, equal shares.
+    assert all(one[x]["weight"] != pytest.approx(two[x]["weight"], rel=0.01) for x in one)
+    assert all(
+        x["measured"] == pytest.approx(0.3, rel=0.05) for x in (*one.values(), *two.values())
+    )
+
+
+def test_the_result_on_shares_is_that_of_a_full_run():
+    result = json.loads((report.PAGE.parents[1] / "benchmarks/results/shares_cpu.json").read_text())
+    assert result["passed"] and not result["quick"]
+
+
 def test_nothing_in_a_step_waits(results):
     assert results["waits"]["checks"] == {"operations that wait, in the definition": "0"}
 
