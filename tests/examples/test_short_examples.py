@@ -13,6 +13,21 @@ def test_own_detector():
     assert losses["student + gk + pkd"] != losses["student"]
 
 
+@pytest.mark.parametrize("arch", ["retinanet", "fcos"])
+def test_torchvision_retinanet(tmp_path, arch, capsys):
+    import torch
+
+    import torchvision_retinanet as example
+
+    output = tmp_path / "student.pt"
+    options = ["--arch", arch, "--steps", "3", "--scenes", "48", "8"]
+    scores = example.main([*options, "--cache", str(tmp_path), "--output", str(output)])
+    assert list(scores) == ["teacher", "alone", "distilled"]
+    bare = example.detector(arch, "small-student", 11)
+    bare.load_state_dict(torch.load(output))
+    assert "AP in percent" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["frs", "pkd"])
 def test_unlabelled(tmp_path, method):
