@@ -29,6 +29,7 @@ from .perform import load_data, shipped, trained
 from .real import Real
 from .store import Store
 from .variants import coefficients, embedding
+from .wrong_labels import areas
 
 IMAGES = 400  # of either split, at most
 PROTOTYPES, INSTANCES = 10, 400  # of a class, and of how many of its instances
@@ -181,6 +182,8 @@ def write(data: str, store: Store, file: Path, yolox: Path | None = None) -> Non
             **measure(look, loaded),
             "environment": environment(torch.device("cpu")),
         }
+        if identity == trial.identity and data != "digits":
+            known[name]["wrong labels"] = areas(data, store)
         print(name, json.dumps(known[name]["spaces"], indent=1))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
