@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +13,18 @@ from typing import Any
 
 from workshop.coco_eval import METRICS
 
+from ..digits.suspicion import RULES
 from .declaration import Arm, Method, Others, Table, Trial
 from .intervals import Difference, paired
 from .perform import CURVE_SCENES
-from .store import Store
+from .store import RESULTS, Store
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = tuple(
     DOCS / f"evidence_{question}.md"
     for question in ("terms", "relations", "omega", "sizes", "surpassing")
 )
+NEIGHBOURS = RESULTS / "neighbours.json"
 REAL_PAGE = DOCS / "evidence_real.md"
 # A page's marker may name the tables it shows: `results q1: written by ...`.
 BEGIN = "<!-- results: written by `python -m benchmarks.accuracy report` -->"
@@ -158,6 +161,20 @@ def teachers(table: Table, store: Store) -> Iterator[str]:
         yield ""
 
 
+def sources_of(found: Mapping[str, Runs]) -> Iterator[str]:
+    """Which pictures were trained and scored on, where they are not digit scenes."""
+    told = {
+        f"{x['name']} of {x['repository']} at {x['commit']} ({x['licence']}), {x['trained on']} "
+        f"pictures to train on and {x['scored on']} to be scored on, digest `{x['digest']}`"
+        for runs in found.values()
+        for run in runs.values()
+        if (x := run.get("data"))
+    }
+    if told:
+        yield f"Data: {'; '.join(sorted(told))}."
+        yield ""
+
+
 def separations(table: Table, found: Mapping[str, Runs]) -> Iterator[str]:
     """How well omega told disturbed instances from clean ones, where there are such."""
     parts = []
@@ -198,6 +215,7 @@ def section(table: Table, store: Store, seeds: int, device: str, images: Path) -
     yield from averages(table, found)
     yield from separations(table, found)
     yield from teachers(table, store)
+    yield from sources_of(found)
     for file, what in plots(table, found, device, images):
         yield f"![{what}](images/{file.name})"
         yield ""
@@ -381,6 +399,39 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
     return "\n".join([legend, "", *written, *machines(sources, tables)]).rstrip("\n")
 
 
+def nearest(file: Path) -> Iterator[str]:
+    """How often what is nearest has the right class, and what tells wrong labels."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not known:
+        yield "No numbers yet."
+        yield ""
+        return
+    kinds = ("instance", "prototype", "prototype, centred", "projection")
+    head = ["teacher of", "space", "instances", "most frequent class", "chance", *kinds]
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    for name, one in known.items():
+        for n, (space, told) in enumerate(one["spaces"].items()):
+            first = [name, space, str(one["instances"]), f"{100 * one['most frequent']:.0f} %"]
+            if n:
+                first = ["", space, "", ""]
+            cells = [f"{100 * told[k]['classes']:.0f} ({100 * told[k]['all']:.0f})" for k in kinds]
+            chance = "" if n else f"{100 / one['classes']:.0f} %"
+            yield f"| {' | '.join([*first, chance, *cells])} |"
+    yield ""
+    for name, one in known.items():
+        if (labels := one.get("wrong labels")) is not None:
+            yield (
+                f"Area under the ROC curve for {100 * labels['share']:.0f} % wrong labels, {name}, "
+                f"{labels['instances']} boxes:"
+            )
+            yield ""
+            yield "| rule | area |"
+            yield "| --- | --- |"
+            yield from (f"| {RULES[rule]} | {area:.2f} |" for rule, area in labels["areas"].items())
+            yield ""
+
+
 def main(sources: Sources, tables: Sequence[Table], page: Path) -> int:
     """Write a page anew between its markers.
 
@@ -392,9 +443,12 @@ def main(sources: Sources, tables: Sequence[Table], page: Path) -> int:
         raise SystemExit(f"{page}: expected lines '{BEGIN}', and as many '{END}'")
     for begin in reversed(begins):
         mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
-        if not mine and len(begins) > 1:
+        if begin[1] == "neighbours":
+            written = "\n".join(nearest(NEIGHBOURS)).rstrip("\n")
+        elif mine or len(begins) == 1:
+            written = body(sources, mine, page.parent / "images")
+        else:
             continue
-        written = body(sources, mine, page.parent / "images")
         before, after = text[: begin.end()], text[text.index(END, begin.end()) :]
         text = f"{before}\n\n{written}\n\n{after}"
     page.write_text(text, encoding="utf-8")
