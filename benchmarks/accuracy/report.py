@@ -411,7 +411,9 @@ def nearest(file: Path) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{' --- |' * len(head)}"
     for name, one in known.items():
-        for n, (space, told) in enumerate(one["spaces"].items()):
+        # Levels from the finest on, then what is no level.
+        spaces = sorted(one["spaces"].items(), key=lambda x: (x[0][0] != "s", len(x[0]), x[0]))
+        for n, (space, told) in enumerate(spaces):
             first = [name, space, str(one["instances"]), f"{100 * one['most frequent']:.0f} %"]
             if n:
                 first = ["", space, "", ""]

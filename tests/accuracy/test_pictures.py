@@ -10,9 +10,11 @@ from PIL import Image
 from benchmarks.accuracy import pictures
 from benchmarks.accuracy.declaration import CLASSES, Others, Pictures, Trial, declared
 from benchmarks.accuracy.pictures import HELD_OUT, SOURCES, described, load, mislabelled
-from benchmarks.accuracy.real import REAL, Real
+from benchmarks.accuracy.real import METHODS, REAL, Real
 from benchmarks.accuracy.work import everything, in_order
-from workshop.detection_data import target_of
+from workshop.detection_data import first_batches, target_of
+from workshop.digit_scenes import SceneSettings, make_scenes
+from workshop.small_detectors import SIZES, small_faster_rcnn
 
 TABLES = [table for tables in REAL.values() for table in tables]
 
@@ -176,3 +178,34 @@ def test_a_declaration_of_pictures_and_methods_is_plain():
     }  # fmt: skip
     assert told["method"]["names"] == "pkd" and told["method"]["beside"]["min_side"] == 8.0
     assert Trial().class_names[1] == "0" and Real("cards").student().class_names[1] == "ace"
+
+
+@pytest.fixture(scope="module")
+def batches():
+    scenes = make_scenes("train", SceneSettings(train=6, validation=1))
+    return [*first_batches(scenes, 6, 3)]
+
+
+@pytest.mark.parametrize("name", ["defaults", *METHODS, "pkd + global"])
+def test_every_declared_method_pulls_with_its_share(name, batches):
+    """The shares of its terms add up; what stands beside it keeps its weights."""
+    torch.manual_seed(0)
+    student, teacher = (small_faster_rcnn(SIZES[x], 11).train() for x in SIZES)
+    how = Real("bccd").at_share(name.split()[0], 0.3)
+    if "global" in name:
+        how = dataclasses.replace(how, robust=True, beside=Real("bccd").method())
+    kd = how.distiller(student, teacher, 11, 100, 0)
+    torch.manual_seed(1)
+    how.begin(kd, batches)
+    torch.manual_seed(1)
+    found = kd.calibrate(loader=batches, share={}, verbose=False).shares
+    mine = [x.measured for term, x in found.items() if (name == "defaults") or "kd_pkd" in term
+            or "global" not in name]  # fmt: skip
+    assert mine and sum(mine) == pytest.approx(0.3, rel=0.02)
+    if "global" in name:
+        weights = kd.losses["global_knowledge"].weights
+        assert weights == {"foreground": 2, "background": 1, "relation": 0, "logits": 5}
+    losses = student(*batches[0]) | kd(*batches[0])
+    total = sum(losses.values())
+    total.backward()
+    assert torch.isfinite(total)
