@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DISTANCES = ("norm", "square")
+_LEAST = 1e-3  # unit of distances, in mean lengths of a row
 
 
 def select_instances(
@@ -149,8 +150,8 @@ class GID(DistillLoss):
               L_{relation} = \operatorname{mean}_{i \ne j} \mathrm{smoothL1}\Bigl(
               \frac{\|s_i - s_j\|_2}{\bar d_s}, \frac{\|t_i - t_j\|_2}{\bar d_t}\Bigr)
 
-    where ``d`` with a bar is the mean distance of two instances, and on the locations ``m`` that
-    belong to an instance
+    where ``d`` with a bar is the mean distance of two instances, at least a thousandth of their
+    mean length; and on the locations ``m`` that belong to an instance
 
     .. math:: L_{classes} = \frac1{\sum m} \sum m \sum_k \mathrm{BCE}(s_k, \sigma(t_k)), \qquad
               L_{boxes} = \frac1{\sum m} \sum m \sum_{side} |b^s - b^t| / stride
@@ -317,6 +318,9 @@ def _relation(s: Tensor, t: Tensor, there: Tensor, weights: Tensor | None) -> Te
         # Not by a product of matrices, which loses small distances. The gradient of 0 is 0.
         apart = pairs * torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
         mean = apart.sum() / count
+        # Of maps that are all but constant the distances are rounding, which a unit would blow up.
+        length = torch.linalg.vector_norm(x.detach(), dim=1) * there
+        mean = mean.clamp(min=_LEAST * length.sum() / there.sum().clamp(min=1))
         units.append(apart / torch.where(mean > 0, mean, 1))
     each = functional.smooth_l1_loss(units[0], units[1], reduction="none")
     if weights is not None:
