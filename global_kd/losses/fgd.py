@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from ..ops.attention import attended_errors, attended_mean, strengths
 from ..ops.cells import box_cells
 from ..ops.imitation import paint_boxes
 from ..ops.precision import accumulate
@@ -72,30 +73,41 @@ def fgd_loss(
         _check.tensor("weights", weights, 1, "(R,)")
         _check.length("weights", weights, boxes.shape[0])
         weights = weights.detach()
-    student, teacher = accumulate(student), accumulate(teacher.detach())
+    return _errors(student, teacher, boxes, image_index, stride, weights, temperature)[:3]
+
+
+def _errors(
+    student: Tensor,
+    teacher: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    stride: float,
+    weights: Tensor | None,
+    temperature: float,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of :func:`fgd_loss`, and ``1 / B sum (s - t + shift)^2`` with a shift ``(B, C)``."""
     batch, _, height, width = student.shape
     images = max(batch, 1)
-    # Attention first, so that of the maps no more than the difference is kept.
-    where_t, what_t = _attention(teacher, temperature)
-    where_s, what_s = _attention(student, temperature)
+    where_t, what_t = _attention(*strengths(teacher.detach()), temperature)
+    where, what, squares, error = attended_errors(student, teacher, what_t, shift)
+    where_s, what_s = _attention(where, what, temperature)
     attention = (where_t - where_s).abs().sum() + (what_t - what_s).abs().sum()
-    squares = ((student - teacher).square() * what_t[:, :, None, None]).sum(dim=1) * where_t
+    squares = squares * where_t
     size, cells = (batch, height, width), box_cells(boxes.detach(), stride, height, width)
-    foreground, background = _masks(cells, image_index, size, weights, student.dtype)
+    foreground, background = _masks(cells, image_index, size, weights, squares.dtype)
     return (
         (squares * foreground).sum() / images,
         (squares * background).sum() / images,
         attention / images,
+        error / images,
     )
 
 
-def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _attention(where: Tensor, what: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Of cells ``(B, H, W)``, and of channels ``(B, C)``; each averages 1."""
-    _, channels, height, width = x.shape
-    strength = x.abs()
-    where = (strength.mean(dim=1).flatten(1) / temperature).softmax(dim=1)
-    what = (strength.mean(dim=(2, 3)) / temperature).softmax(dim=1)
-    return where.unflatten(1, (height, width)) * (height * width), what * channels
+    cells = (where.flatten(1) / temperature).softmax(dim=1) * where[:1].numel()
+    return cells.view_as(where), (what / temperature).softmax(dim=1) * what.shape[1]
 
 
 def _masks(
@@ -121,7 +133,7 @@ class GlobalContext(nn.Module):
     .. math:: R(F) = F + W_2 \operatorname{ReLU}(\operatorname{LN}(W_1 \textstyle\sum_j a_j F_j)),
               \qquad a = \operatorname{softmax}_j(w F_j)
 
-    with ``C / 2`` hidden channels. The last layer begins at 0: the block gives its input back.
+    with ``C / 2`` hidden channels; the module gives what is added. Its last layer begins at 0.
     """
 
     def __init__(self, channels: int) -> None:
@@ -137,10 +149,12 @@ class GlobalContext(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        attention = accumulate(self.key(x)).flatten(1).softmax(dim=1)
-        context = (accumulate(x).flatten(2) * attention[:, None]).sum(dim=2)
+        """What is added to each cell of a map ``(B, C, H, W)``: ``(B, C)``."""
+        x = accumulate(x)
+        key, bias = (p.flatten().to(x.dtype) for p in self.key.parameters())
+        context = attended_mean(x, key, bias)
         hidden = self.norm(self.first(context.to(self.first.weight.dtype))).relu()
-        return accumulate(x) + accumulate(self.last(hidden))[:, :, None, None]
+        return accumulate(self.last(hidden))
 
 
 class FGD(DistillLoss):
@@ -215,13 +229,12 @@ class FGD(DistillLoss):
         weights = self.box_weights(step)
         maps = zip(self.adapted(step), step.teacher, step.strides, strict=True)
         for level, (s, t, stride) in enumerate(maps):
-            if found.keys() - {"relation"}:
-                mine = None if weights is None else weights[level]
-                focal = fgd_loss(s, t, *where, stride, mine, temperature=self.temperature)
-                for part, value in zip(self.parts[:3], focal, strict=True):
-                    found.get(part, []).append(value)
+            shift = None
             if "relation" in found:
-                seen = applied(self.student_context[level], s)
-                d = seen - applied(self.teacher_context[level], t)
-                found["relation"].append(d.square().sum() / max(s.shape[0], 1))
+                shift = applied(self.student_context[level], s)
+                shift = shift - applied(self.teacher_context[level], t)
+            mine = None if weights is None else weights[level]
+            errors = _errors(s, t, *where, stride, mine, self.temperature, shift)
+            for part, values in found.items():
+                values.append(errors[self.parts.index(part)])
         return {part: torch.stack(values).sum() for part, values in found.items()}
