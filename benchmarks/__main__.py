@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
                 choices=methods.names(),
                 default=(),
                 metavar="NAME",
-                help=f"some of {', '.join(methods.names())}; nothing is written by default",
+                help=f"some of {', '.join(methods.names())}; nothing is written by default, "
+                "rows of others are kept in a file that is named",
             )
             command.add_argument(
                 "--seconds",
@@ -116,8 +117,12 @@ def main(words: Sequence[str] | None = None) -> int:
         "environment": described,
         **run(quick=arguments.quick),
     }
-    print(table(results))
     output = arguments.output
+    if arguments.name == "methods":
+        methods.date(results, described)
+        if arguments.only and output is not None and output.exists():
+            methods.keep_others(results, json.loads(output.read_text(encoding="utf-8")))
+    print(table(results))
     if output is None and not arguments.quick and not getattr(arguments, "only", ()):
         output = RESULTS / f"{file}.json"
     if output is not None:

@@ -204,7 +204,7 @@ def run(
 ) -> dict[str, Any]:
     size = replace(QUICK_SIZE, batch=1) if quick else SIZE
     size = replace(size, dtype=dtype)
-    effort = QUICK if quick else Effort(seconds=seconds)
+    effort = QUICK if quick else Effort(seconds=seconds, least=3)
     everybody = torch.get_num_threads()
     plans = [(name, everybody) for name in only or names()]
     if device.type == "cpu" and everybody > 1:
@@ -224,6 +224,24 @@ def run(
         gc.collect()
     passed = all(case.get("gate", True) for case in cases)
     return {"size": words(size), "methods": cases, "passed": passed}
+
+
+def date(results: dict[str, Any], where: Mapping[str, Any]) -> None:
+    """Say of each row when it was measured: a file may hold rows of several runs."""
+    for case in results["methods"]:
+        case["measured"] = {key: where[key] for key in ("date", "commit", "load_average")}
+
+
+def keep_others(results: dict[str, Any], old: Mapping[str, Any]) -> None:
+    """Take over the rows of methods that were not measured now."""
+    if any(old.get(key) != results[key] for key in ("size", "quick")):
+        raise SystemExit("the file is of another size: name another, or measure all methods")
+    known = {case["name"] for case in results["methods"]}
+    cases = results["methods"] + [x for x in old["methods"] if x["name"] not in known]
+    order = {name: i for i, name in enumerate(names())}
+    cases.sort(key=lambda x: (x["name"] not in BARRED, order.get(x["name"], 0), -x["threads"]))
+    results["methods"] = cases
+    results["passed"] = all(case.get("gate", True) for case in cases)
 
 
 def words(size: Size) -> str:

@@ -125,6 +125,11 @@ def threaded(case: Mapping[str, Any]) -> str:
     return f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
 
 
+def loads(cases: Sequence[Mapping[str, Any]]) -> str:
+    known = sorted(case["measured"]["load_average"] for case in cases)
+    return f"{known[0]:g}" if known[0] == known[-1] else f"{known[0]:g} to {known[-1]:g}"
+
+
 def methods(results: Results) -> Iterator[str]:
     for kind, result in results.get("methods", {}).items():
         yield f"## The methods, {KINDS[kind]}"
@@ -132,7 +137,8 @@ def methods(results: Results) -> Iterator[str]:
         yield (
             f"{result['size']}. Forward and backward together, weights of one-stage detectors. The "
             "next columns are the time as a multiple of that of a step of global knowledge (all "
-            "four terms), of the method's plain formulation, and of that compiled."
+            "four terms), of the method's plain formulation, and of that compiled. The load of the "
+            f"machine was {loads(result['methods'])} when rows were begun."
         )
         yield ""
         body = []

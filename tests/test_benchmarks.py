@@ -87,12 +87,17 @@ def test_every_method_is_measured_and_its_formulation_says_the_same(results):
     assert compared >= 8 and all("formulation" in by_name[x]["contestants"] for x in methods.BARRED)
 
 
-def test_some_methods_can_be_measured_alone(capsys):
+def test_some_methods_can_be_measured_alone(capsys, tmp_path):
     words = ["methods", "--quick", "--device", "cpu", "--no-compile", "--seconds", "0.01"]
     assert main([*words, "--only", "cwd", "mgd"]) == 0
     said = capsys.readouterr()
     assert "1 of 2: cwd" in said.err and "2 of 2: mgd" in said.err  # progress, before the table
     assert "written" not in said.out and "pkd" not in said.out
+    file = tmp_path / "some.json"
+    for name in ("mgd", "cwd"):  # the second run keeps the row of the first
+        assert main([*words, "--only", name, "--output", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["methods"]
+    assert [x["name"] for x in rows if x["threads"] == rows[0]["threads"]] == ["cwd", "mgd"]
 
 
 def test_a_formulation_that_says_something_else_fails(monkeypatch):
