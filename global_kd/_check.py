@@ -6,7 +6,9 @@ wait, so they are done once, by :class:`global_kd.Targets`.
 """
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,25 +83,59 @@ def scalar(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a scalar, but got {type(x).__name__}")
 
 
+def _number(name: str, value: Any, meaning: str) -> None:
+    """A number of any kind, or a tensor of one."""
+    one = isinstance(value, Tensor) and value.numel() == 1
+    if not isinstance(value, Real) and not one:
+        raise TypeError(f"{name}: expected {meaning}, but got {value!r}{_as_number(name, value)}")
+
+
+def _as_number(name: str, value: object, kind: type = float) -> str:
+    """The next thing to type, where a text or a fraction was meant as a number."""
+    if not isinstance(value, (str, float)):
+        return ""
+    try:
+        return f"; write {name}={kind(float(value))!r}"
+    except (ValueError, OverflowError):
+        return ""
+
+
 def positive(name: str, value: float) -> None:
     """A number > 0."""
+    _number(name, value, "a number > 0")
     if not value > 0:
         raise ValueError(f"{name}: expected a number > 0, but got {value!r}")
 
 
 def not_negative(name: str, value: float) -> None:
     """A finite number >= 0."""
+    _number(name, value, "a finite number >= 0")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite number >= 0, but got {value!r}")
 
 
-def count(name: str, value: object) -> None:
-    """A whole number > 0, or ``None``."""
-    if value is None:
+def count(name: str, value: object, *, or_none: bool = True, least: int = 1) -> None:
+    """A whole number of at least 1 (or another least one), or ``None`` where that is allowed."""
+    if value is None and or_none:
         return
+    meaning = "a whole number or None" if or_none else "a whole number"
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a whole number or None, but got {value!r}")
-    positive(name, int(value))
+        raise TypeError(
+            f"{name}: expected {meaning}, but got {value!r}{_as_number(name, value, int)}"
+        )
+    if value < least:
+        bound = "> 0" if least == 1 else f">= {least}"
+        raise ValueError(f"{name}: expected a number {bound}, but got {value!r}")
+
+
+def options(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Names of options of the class that the user called; unknown ones with the nearest known."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.65)
+            listed = f"write {' or '.join(near)}" if near else f"it has {', '.join(known)}"
+            raise TypeError(f"{name}: expected an option of {kind}, but got {name!r}; {listed}")
 
 
 def class_names(names: Sequence[str] | None, num_classes: int) -> None:

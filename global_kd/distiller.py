@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _check
-from .detectors import Detector, Look, ModuleDetector, Pixels, ReadHead, Seen, detector_of
+from . import _check, arguments
+from .detectors import Look, Pixels, ReadHead, Seen, reader
 from .doctor import Calibration, HeldShares, Report, Setup, calibrate, examine
-from .hooks import FeatureTap, evaluating, sharded_modules, unwrap
+from .hooks import FeatureTap, evaluating, sharded_modules
 from .losses.base import DistillLoss, Levels
 from .pair import Pair
 from .prototypes.bank import PrototypeBank
-from .prototypes.passes import Passes, batch_arguments
+from .prototypes.passes import Passes, first_batches
 from .step import FACTS, Step
 from .targets import Targets
 
@@ -111,31 +112,38 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         _check.positive("teacher_scale", teacher_scale)
-        named = _by_name(losses)
         # In a tuple, so that neither becomes a submodule of this one.
-        self._models = (unwrap(student), unwrap(teacher))
-        where = [next((p.device for p in m.parameters()), None) for m in self._models]
-        if where[0] != where[1]:
-            raise ValueError(
-                f"teacher: expected the student's device {where[0]}, but got {where[1]}"
+        self._models = arguments.detectors(student, teacher)
+        named = arguments.named_losses(losses)
+        with ExitStack() as undo:  # no hook stays where this fails
+            mine = reader(
+                "student",
+                self._models[0],
+                student_path,
+                example_inputs,
+                student_layout,
+                student_dense,
+                student_pixels,
             )
-        mine = _reader(
-            "student", self._models[0], student_path, example_inputs, student_layout, student_dense
-        )
-        if student_pixels is not None:
-            mine.pixels = student_pixels
-        images = (_example(mine),)
-        theirs = _reader(
-            "teacher", self._models[1], teacher_path, images, teacher_layout, teacher_dense
-        )
-        if teacher_pixels is not None:
-            theirs.pixels = teacher_pixels
-        self._pair = Pair(mine, theirs, self._models, teacher_scale)
-        self._facts = {name: self._facts_for(loss, named) for name, loss in named.items()}
-        strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
-        for loss in named.values():
-            loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
-        self.losses = nn.ModuleDict(named).to(where[0])
+            undo.callback(mine.detach)
+            theirs = reader(
+                "teacher",
+                self._models[1],
+                teacher_path,
+                (mine.example().images,),
+                teacher_layout,
+                teacher_dense,
+                teacher_pixels,
+            )
+            undo.callback(theirs.detach)
+            self._pair = Pair(mine, theirs, self._models, teacher_scale)
+            self._facts = {name: self._facts_for(loss, named) for name, loss in named.items()}
+            strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
+            for loss in named.values():
+                loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
+            undo.pop_all()
+        self.losses = nn.ModuleDict(named).to(next(self._models[0].parameters()).device)
+        arguments.own(named.values(), self)
         self._passes: Passes | None = None
         if (keeper := self._keeper) is not None:
             self._passes = Passes(keeper.generator, keeper.bank, strides, keeper.refresh)
@@ -283,7 +291,7 @@ class Distiller(nn.Module):
             if fact in refused:
                 able = sorted(
                     method.__name__
-                    for method in all_methods(DistillLoss)
+                    for method in arguments.all_methods()
                     if not method.needs & refused.keys()
                 )
                 raise ValueError(
@@ -460,8 +468,7 @@ class Distiller(nn.Module):
         given: Iterable[tuple[Any, ...]] = [(images, targets)]
         if loader is not None:
             device = next(self._models[0].parameters()).device
-            taken = zip(range(batches), loader, strict=False)
-            given = (batch_arguments(batch, device) for _, batch in taken)
+            given = first_batches(loader, batches, device)
         calibration = calibrate(self._setup(), given, share, detection_loss)
         self._held.every, self._held.band = every, band
         wanted = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
@@ -585,9 +592,17 @@ class Distiller(nn.Module):
 
     def detach(self) -> None:
         """Take all hooks off both detectors; nothing else was changed."""
+        if isinstance(self._pair, arguments.Gone):
+            return
         self._tap.remove()
         self._pair.student.detach()
         self._pair.teacher.detach()
+        arguments.disown(self.losses.values())
+        vars(self).update(arguments.gone("one after detach()"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep what the losses own; detectors and hooks stay with this one."""
+        return vars(self) | arguments.gone("a copy of one")
 
 
 class _Observed:
@@ -601,63 +616,3 @@ class _Observed:
     def both(self) -> tuple[list[Tensor], list[Tensor]]:
         look = self._seen.look
         return self._pair.maps(look, self._pair.look(look.view))
-
-
-def all_methods(base: type[DistillLoss]) -> Iterable[type[DistillLoss]]:
-    """Every loss that is imported."""
-    for method in base.__subclasses__():
-        yield method
-        yield from all_methods(method)
-
-
-def _by_name(losses: Any) -> dict[str, DistillLoss]:
-    """One loss or several, by their names."""
-    several = [losses] if isinstance(losses, (DistillLoss, type)) else losses
-    if isinstance(several, (nn.Module, str)) or not isinstance(several, Iterable):
-        several = [losses]
-    several = list(several)
-    named: dict[str, DistillLoss] = {}
-    for loss in several:
-        if isinstance(loss, type) and issubclass(loss, DistillLoss):
-            raise TypeError(
-                f"losses: expected a loss, but got its class; write {loss.__name__}(...)"
-            )
-        if not isinstance(loss, DistillLoss):
-            raise TypeError(
-                "losses: expected a loss of global_kd, or a list of them, after student and "
-                f"teacher, but got {type(loss).__name__}"
-            )
-        if loss.name in named:
-            raise ValueError(
-                f"losses: expected one {loss.name!r}, but got two: their terms would have one name"
-            )
-        named[loss.name] = loss
-    if not named:
-        raise ValueError("losses: expected at least one loss, but got none")
-    return named
-
-
-def _example(student: Detector) -> Any:
-    """What a teacher of no known framework is tried with."""
-    return student.example().images
-
-
-def _reader(
-    name: str,
-    model: nn.Module,
-    path: str | None,
-    example_inputs: Sequence[Any] | None,
-    layout: str,
-    dense: tuple[str, ReadHead] | None,
-) -> Detector:
-    if path is None and dense is None and (detector := detector_of(model)) is not None:
-        return detector
-    if example_inputs is None:
-        raise ValueError(
-            f"{name}: {type(model).__name__} is not a detector of a framework known here; pass "
-            "example_inputs (what its forward takes, an image batch first) and, unless "
-            f"find_pyramids finds the module that puts out its feature maps, {name}_path"
-        )
-    return ModuleDetector(
-        model, path, example_inputs, argument=f"{name}_path", layout=layout, dense=dense
-    )

@@ -168,11 +168,13 @@ class _Image:
         if not isinstance(target, Mapping):
             raise TypeError(
                 f"targets[{i}]: expected a dictionary with 'boxes' and 'labels', but got "
-                f"{type(target).__name__}"
+                f"{type(target).__name__}; write {{'boxes': boxes, 'labels': labels}} for each "
+                "image"
             )
         if {"boxes", "labels"} - set(target):
             raise ValueError(
-                f"targets[{i}]: expected the keys 'boxes' and 'labels', but got {sorted(target)}"
+                f"targets[{i}]: expected the keys 'boxes' and 'labels', but got "
+                f"{sorted(map(str, target))}; write {{'boxes': xyxy in pixels, 'labels': classes}}"
             )
         for key in ("boxes", "labels", "ids"):
             if (key in target) and not isinstance(target[key], Tensor):

@@ -69,6 +69,7 @@ RANK = {
     "functional": 7,  # re-exports the pure core
     "pair": 8,
     "doctor": 9,
+    "arguments": 9,
     "distiller": 10,
     "trainers": 11,
     "__main__": 12,
@@ -76,7 +77,7 @@ RANK = {
 ALONE = {"hooks", "schedules"}  # import no other room
 USERS = {
     "detectors": {"pair", "doctor", "distiller", "trainers"},  # losses know no framework
-    "hooks": {"detectors", "pair", "doctor", "distiller", "trainers"},
+    "hooks": {"arguments", "detectors", "pair", "doctor", "distiller", "trainers"},
     "schedules": {"losses", "doctor", "distiller"},
 }
 # The third parties of every room. Inside a function only: frameworks in detectors, comforts

@@ -137,7 +137,7 @@ def test_the_loss_by_itself_is_to_be_had():
         ([], ValueError, "losses: expected at least one loss, but got none"),
         (PKD, TypeError, r"losses: expected a loss, but got its class; write PKD\(...\)"),
         (nn.MSELoss(), TypeError, "losses: expected a loss of global_kd, .* but got MSELoss"),
-        ("pkd", TypeError, "losses: expected a loss of global_kd, .* but got str"),
+        ("pkd", TypeError, r"losses: expected a loss of global_kd, .* 'pkd'; write PKD\(...\)"),
     ],
 )
 def test_what_is_no_loss_is_named(losses, error, message):

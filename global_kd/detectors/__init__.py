@@ -16,3 +16,4 @@ from .protocol import Look as Look
 from .protocol import MapsOnly as MapsOnly
 from .protocol import Sampled as Sampled
 from .protocol import Seen as Seen
+from .reading import reader as reader

@@ -1,6 +1,7 @@
 """Any detector, by the module that puts out its pyramid."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class ModuleDetector(MapsOnly):
             )
         self._layout = layout
         self.model, self.pixels = model, pixels
+        self._role = argument.removesuffix("_path")
         self._example = tuple(fitting(x, model) for x in example_inputs)
         image = next((x for x in self._example if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is None:
@@ -171,6 +173,8 @@ class ModuleDetector(MapsOnly):
 
     def look(self, view: View) -> Look:
         arguments = self._example if view is self._view else (fitting(view.images, self.model),)
+        if view is not self._view:
+            refuse_other_inputs(self._role, self.model)
         return self._look(self._tap.run(*arguments), view)
 
     def _look(self, tapped: dict[str, Any], view: View) -> Look:
@@ -186,14 +190,16 @@ class ModuleDetector(MapsOnly):
     def read(
         self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
     ) -> Seen:
-        look = self._look(tapped, View(images))
+        look = self._look(tapped, self.see(images))
         return Seen(look, _truth(targets, images, look))
 
     def see(self, images: Any) -> View:
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise TypeError(_no_batch(images))
         return View(images)
 
     def observe(self, images: Any, targets: Any) -> Seen:
-        look = self.look(View(images))
+        look = self.look(self.see(images))
         return Seen(look, _truth(targets, images, look))
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
@@ -205,6 +211,26 @@ class ModuleDetector(MapsOnly):
 
     def detach(self) -> None:
         self._tap.remove()
+
+
+def refuse_other_inputs(role: str, model: nn.Module) -> None:
+    """A detector that cannot be called with one batch of images, such as RGB and thermal ones.
+
+    Raises:
+        ValueError: It needs more.
+    """
+    needed = [
+        name
+        for name, x in inspect.signature(model.forward).parameters.items()
+        if x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        kind = type(model).__name__
+        raise ValueError(
+            f"{role}: expected a detector that is called with one image batch, but {kind}.forward "
+            f"needs {', '.join(needed)}; wrap it in a module whose forward(x) splits the channels "
+            "of one batch, as in self.net(x[:, :3], x[:, 3:]) (docs/own_detector.md)"
+        )
 
 
 def as_targets(
@@ -225,6 +251,32 @@ def as_targets(
     if isinstance(targets, Targets):
         return targets
     return Targets.from_list(targets, device, num_images=num_images, canvas=canvas)
+
+
+def _no_batch(images: Any) -> str:
+    """What came in place of an image batch, and how to make one of it."""
+    expected = "images: expected a batch (B, C, H, W)"
+    if isinstance(images, Mapping):
+        keys = ", ".join(sorted(map(str, images)))
+        return (
+            f"{expected}, but got a dictionary with {keys}; pass its "
+            'images and targets: kd(batch["images"], ...), and to passes over a loader pairs: '
+            '((b["images"], [{"boxes": ..., "labels": ...}, ...]) for b in loader)'
+        )
+    came = f"{expected}, but got {_check.shape_of(images)}"
+    if isinstance(images, Tensor):
+        return f"{came}; pass images[None] for one image"
+    if isinstance(images, (list, tuple)) and images:
+        if all(isinstance(x, Tensor) and x.dim() == 3 for x in images):
+            return f"{came} of images; pass torch.stack(images), as the network is given them"
+        return (
+            f"{came} of {', '.join(_check.shape_of(x) for x in images[:4])}; pass images, targets"
+        )
+    if hasattr(images, "tensors"):
+        return f"{came}; pass images.tensors, the batch that it holds"
+    if hasattr(images, "__array__"):
+        return f"{came}; pass torch.as_tensor(images), as the network is given it"
+    return f"{came}; pass what the student was called with"
 
 
 def _truth(targets: Any, images: Any, look: Look) -> Targets:

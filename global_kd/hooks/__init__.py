@@ -13,6 +13,7 @@ from .maps import tokens_to_maps as tokens_to_maps
 from .modules import evaluating as evaluating
 from .modules import frozen as frozen
 from .modules import input_channels as input_channels
+from .modules import is_average as is_average
 from .modules import keeping_statistics as keeping_statistics
 from .modules import resolve as resolve
 from .modules import sharded_modules as sharded_modules

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-_WRAPPERS = ("DataParallel", "DistributedDataParallel")  # and mmengine's MM...
+# Of torch, timm and mmengine: an average of a model's weights over training.
+_AVERAGES = (
+    "AveragedModel",
+    "ModelEmaV2",
+    "ModelEmaV3",
+    "ExponentialMovingAverage",
+    "StochasticWeightAverage",
+    "MomentumAnnealingEMA",
+)
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", *_AVERAGES)  # and mmengine's MM...
 WRAPPER_ATTRIBUTES = ("module", "_orig_mod")  # DataParallel, DDP; torch.compile
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside ``DataParallel``, DDP and ``torch.compile`` wrappers."""
+    """The detector inside wrappers: ``DataParallel``, DDP, ``torch.compile``, averages."""
     while True:
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__name__.endswith(_WRAPPERS):
@@ -21,6 +30,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def is_average(model: nn.Module) -> bool:
+    """Whether a model is a wrapper that keeps an average of another, such as ``AveragedModel``."""
+    return type(model).__name__.endswith(_AVERAGES) and "module" in model._modules
 
 
 def input_channels(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ A method's file holds its paper's sentences: :meth:`DistillLoss.terms` turns a
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,20 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.to(weight.dtype) if cast else x)  # type: ignore[no-any-return]
 
 
+def _strides(levels: Any) -> tuple[float, ...]:
+    """The strides of the levels to distil."""
+    try:
+        strides = tuple(float(x) for x in levels if not isinstance(levels, str))
+    except (TypeError, ValueError):
+        strides = ()
+    if not strides:
+        raise TypeError(
+            f"levels: expected the strides of the levels to distil, but got {levels!r}; write "
+            "levels=[8, 16, 32], or leave it out for all"
+        )
+    return strides
+
+
 class DistillLoss(nn.Module):
     """A distillation loss: a training step in, named terms out.
 
@@ -161,13 +176,17 @@ class DistillLoss(nn.Module):
         student_channels: Sequence[int] | None = None,
         teacher_channels: Sequence[int] | None = None,
         strides: Sequence[float] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        _check.options(type(self).__name__, unknown, self._options())
         for name, weight in weights.items():
             if weight is not None:
                 _check.not_negative(name or "weight", weight)
         _check.one_of("adapter", adapter, ADAPTERS)
         _check.count("total_steps", total_steps)
+        _check.count("warmup_steps", warmup_steps, or_none=False, least=0)
+        _check.count("seed", seed, or_none=False, least=-(2**63))
         self.parts = tuple(weights)
         self.weights: dict[str, float] = {}  # resolved when built
         self._given = dict(weights)
@@ -178,7 +197,7 @@ class DistillLoss(nn.Module):
         self.robust = robust
         if robust:
             self.needs = self.needs | {"omega", "targets"}
-        self._strides_wanted = None if levels is None else tuple(map(float, levels))
+        self._strides_wanted = None if levels is None else _strides(levels)
         self._family = family
         self.schedules = self._schedules(schedule)
         self.step = 0
@@ -194,6 +213,18 @@ class DistillLoss(nn.Module):
             )
         if given[0] is not None:
             self.build(Levels(*map(tuple, given)))  # type: ignore[arg-type]
+
+    @classmethod
+    def _options(cls) -> set[str]:
+        """Names of what may be given to the constructor."""
+        names = {
+            name
+            for method in cls.__mro__
+            if issubclass(method, DistillLoss) and "__init__" in vars(method)
+            for name, x in inspect.signature(method.__init__).parameters.items()
+            if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        }
+        return names - {"self", "weights", "defaults"}
 
     # What a method writes -------------------------------------------------------------------
 

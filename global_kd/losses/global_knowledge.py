@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -121,7 +122,14 @@ class GlobalKnowledgeLoss(DistillLoss):
         class_names: Sequence[str] | None = None,
         **rdm: Any,
     ) -> None:
+        if isinstance(num_classes, (list, tuple)):
+            raise TypeError(
+                f"num_classes: expected a whole number, but got {num_classes!r}; write "
+                f"num_classes={len(num_classes)}, class_names={num_classes!r}"
+            )
+        _check.count("num_classes", num_classes, or_none=False)
         _check.count("refresh_every", refresh_every)
+        _check.options(type(self).__name__, rdm, self._options())
         _check.one_of("boxes", boxes, ("proposals", "ground_truth"))
         probe = RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here
         weights: dict[str, float | None] = {**probe.weights}
@@ -166,6 +174,11 @@ class GlobalKnowledgeLoss(DistillLoss):
         self._rdm_options, self._min_side = rdm, min_side
         if given[0] is not None:
             self.build(Levels(*map(tuple, given)))  # type: ignore[arg-type]
+
+    @classmethod
+    def _options(cls) -> set[str]:
+        own = {"warmup_steps", "robust", "family"}  # of the base, not taken here
+        return super()._options() - own | set(signature(RobustDistillLoss).parameters) - {"strides"}
 
     @property
     def prefix(self) -> str:

@@ -105,10 +105,10 @@ class PrototypeGenerator(nn.Module):
         for name, value in (
             ("num_classes", num_classes),
             ("num_prototypes", num_prototypes),
-            ("bandwidth", bandwidth),
             ("max_instances", max_instances),
         ):
-            _check.positive(name, value)
+            _check.count(name, value, or_none=False)
+        _check.positive("bandwidth", bandwidth)
         _check.not_negative("alpha", alpha)
         _check.not_negative("min_side", min_side)
         if not 0 <= quantile < 1:

@@ -1,11 +1,13 @@
 """Passes over a loader: prototypes of a whole data set, or those of another student found again."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..instances import pool_levels
 from ..targets import Targets
@@ -65,7 +67,8 @@ class Passes:
             kept = None
         compared, told, device = False, False, self.bank.student.device
         sights = Sights()
-        for number, batch in enumerate(_with_progress(loader) if progress else loader):
+        number = -1
+        for number, batch in enumerate(batches_of(loader, progress=progress)):
             seen = observe(*batch_arguments(batch, device))
             sight = sight_of(seen.truth, network_input(seen))
             sights.add(seen.truth.ids, sight)
@@ -91,6 +94,12 @@ class Passes:
                     stacklevel=3,
                 )
             generator.add(mine, theirs, seen.truth)
+        if number < 0:
+            warnings.warn(
+                "refresh: the loader gave no batch, so there is nothing to make prototypes of; an "
+                "iterator can be read once, a DataLoader as often as you like",
+                stacklevel=3,
+            )
         self._kept = TeacherRows(generator, signature, sights)
         generator.pass_turn = generator.turn
         if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
@@ -110,7 +119,7 @@ class Passes:
         """See :meth:`global_kd.Distiller.adopt`."""
         self._refuse_stranger(bank, signature)
         adoption, device = Adoption(bank, self.bank), self.bank.student.device
-        for batch in _with_progress(loader) if progress else loader:
+        for batch in batches_of(loader, progress=progress):
             seen = observe(*batch_arguments(batch, device))
             if not len(seen.truth):
                 continue
@@ -184,10 +193,58 @@ def _alike(rows: Tensor, others: Tensor) -> bool:
 def batch_arguments(batch: Any, device: torch.device) -> tuple[Any, Any]:
     """Images and targets of a loader's batch; ``None`` for the latter where it is all in one."""
     batch = _moved(batch, device)
-    if isinstance(batch, (list, tuple)) and not all(isinstance(x, Mapping) for x in batch):
-        images, targets = batch
-        return images, targets
-    return batch, None
+    if not isinstance(batch, (list, tuple)) or all(isinstance(x, Mapping) for x in batch):
+        return batch, None
+    if len(batch) != 2:
+        kinds = ", ".join(type(x).__name__ for x in batch[:4])
+        more = "images, targets, *_" if len(batch) > 2 else "images, targets"
+        raise ValueError(
+            f"loader: expected batches (images, targets), but got a {type(batch).__name__} of "
+            f"{len(batch)} ({kinds}); pass ((images, targets) for {more} in loader)"
+        )
+    if isinstance(batch[0], (list, tuple)) and len(batch[0]) == 2:
+        first, second = batch[0]
+        if isinstance(first, Tensor) and isinstance(second, Mapping):
+            raise ValueError(
+                "loader: expected batches (images, targets), but got a list of pairs, one per "
+                "image; collate them: DataLoader(..., collate_fn=lambda pairs: tuple(zip(*pairs)))"
+            )
+    return batch[0], batch[1]
+
+
+def first_batches(
+    loader: Any, number: int, device: torch.device
+) -> Iterator[tuple[Any, Any]]:
+    """Images and targets of the first batches of a loader, which must have one."""
+    batch = None
+    for batch in islice(batches_of(loader), number):
+        yield batch_arguments(batch, device)
+    if batch is None:
+        raise ValueError(
+            "loader: expected at least one batch, but got none; an iterator can be read once"
+        )
+
+
+def batches_of(loader: Any, *, progress: bool = False) -> Iterable[Any]:
+    """A loader, if it is one; with a bar, where tqdm is installed.
+
+    Raises:
+        TypeError: What gives no batches.
+    """
+    expected = "loader: expected an iterable of batches (images, targets), such as a DataLoader"
+    if isinstance(loader, Dataset):
+        raise TypeError(
+            f"{expected}, but got {type(loader).__name__}, a data set of single images; pass "
+            "DataLoader(dataset, batch_size=..., collate_fn=...)"
+        )
+    if isinstance(loader, (str, bytes, Mapping, Tensor)) or not (
+        isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    ):
+        raise TypeError(
+            f"{expected}, but got {type(loader).__name__}; pass the loader of your training set, "
+            "without random augmentation"
+        )
+    return _with_progress(loader) if progress else loader
 
 
 def _moved(value: Any, device: torch.device) -> Any:
