@@ -21,7 +21,6 @@ from global_kd.losses import CWD, FGD, PKD, DistillLoss
 
 from .test_distiller import BOXES, IMAGES, Detector, make
 
-
 GK = GlobalKnowledgeLoss
 
 
