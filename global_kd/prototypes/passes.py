@@ -212,9 +212,7 @@ def batch_arguments(batch: Any, device: torch.device) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def first_batches(
-    loader: Any, number: int, device: torch.device
-) -> Iterator[tuple[Any, Any]]:
+def first_batches(loader: Any, number: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """Images and targets of the first batches of a loader, which must have one."""
     batch = None
     for batch in islice(batches_of(loader), number):
