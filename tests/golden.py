@@ -32,6 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import global_kd
 from global_kd import PAPER, Distiller, FeatureTap, GlobalKnowledgeLoss, Schedule, Targets
+from global_kd.losses import LabelOptions, RelationOptions
 
 K, STEPS = 4, 6  # the background of torchvision included
 SIDES = ((64, 96), (56, 90), (80, 60))  # of the images; the last one has no boxes
@@ -170,9 +171,8 @@ OTHERS = {
     "relation": 5,
     "levels": "all",
     "normalizer": "cells",
-    "class_reduction": "sum",
-    "own_class": True,
-    "center": True,
+    "label_options": LabelOptions(class_reduction="sum"),
+    "relation_options": RelationOptions(own_class=True, center=True),
     "max_instances": 5,
     "seed": 3,
 }

@@ -486,10 +486,8 @@ def test_channels_that_do_not_fit():
 
 def test_unknown_options_of_the_losses():
     for options in (
-        {"activation": "relu"},
         {"normalizer": "sum"},
         {"levels": "some"},
-        {"class_reduction": "max"},
     ):
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=rf"^{name}: expected .*but got '{value}'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 
 import global_kd.functional as F
 from global_kd import GlobalKnowledgeLoss, PrototypeBank, RobustDistillLoss, Targets
+from global_kd.losses import RelationOptions
 from tests import oracles
 from tests.strategies import random, relation, relations
 from tests.watch import Graphs, NoFloat64, NoHostSync, gradient
@@ -220,8 +222,9 @@ def scene(dtype=torch.float64):
 @pytest.mark.parametrize("center", [False, True])
 def test_the_module_equals_the_functions(own, center):
     student, teacher, targets, bank = scene()
-    options = {"own_class": own, "center": center, "relation": 2.0, "foreground": 0.0}
-    rdm = RobustDistillLoss((8, 16), agreement="projection", background=0.0, **options)
+    how = RelationOptions(own_class=own, center=center, agreement="projection")
+    options = {"relation": 2.0, "foreground": 0.0, "background": 0.0}
+    rdm = RobustDistillLoss((8, 16), relation_options=how, **options)
     terms, omega = rdm(student, teacher, targets, bank, return_weights=True)
     rows = [
         torch.stack(
@@ -245,15 +248,17 @@ def test_the_module_equals_the_functions(own, center):
         *rows, *prototypes, expected, pairs=pairs, agreement="projection", prototype_labels=labels
     )
     torch.testing.assert_close(terms["kd_relation"], 2 * relation)
-    other = RobustDistillLoss((8, 16), background=0.0, **options)
+    how = replace(how, agreement="cosine")
+    other = RobustDistillLoss((8, 16), relation_options=how, **options)
     assert not torch.equal(other.weigh(student, teacher, targets, bank), expected)
 
 
 def test_the_option_of_the_whole_loss():
     student, teacher, targets, bank = scene(torch.float32)
     sizes = {"student_channels": [3, 3], "teacher_channels": [5, 5], "strides": [8, 16]}
+    how = RelationOptions(agreement="projection")
     loss = GlobalKnowledgeLoss(
-        3, num_prototypes=4, agreement="projection", relation=1, refresh_every=None, **sizes
+        3, num_prototypes=4, relation_options=how, relation=1, refresh_every=None, **sizes
     )
     loss.bank.update(bank)
     terms = loss(student, teacher, targets)
@@ -265,7 +270,7 @@ def test_the_option_of_the_whole_loss():
     terms["kd_relation"].backward()
     assert student[0].grad.abs().sum() > 0
     with pytest.raises(ValueError, match="agreement: expected one of 'cosine', 'projection'"):
-        GlobalKnowledgeLoss(3, agreement="angle")
+        RelationOptions(agreement="angle")
     r = relation()
     with pytest.raises(ValueError, match="agreement: expected one of"):
         F.robust_weights(*r.features, r.prototype_labels, r.labels, agreement="angle")

@@ -97,7 +97,7 @@ class OtherLoss(GlobalKnowledgeLoss):
         self.rdm = OtherRelation(
             self.variant.form,
             theirs.strides,
-            **({"activation": theirs.activation} | self._rdm_options),
+            **(self._rdm_options | {"label_options": theirs.label_options}),
         )
         self.rdm.weights = self.weights
         if self.variant.space == "grid":
@@ -194,7 +194,7 @@ class OtherRelation(RobustDistillLoss):
         terms, omega = found  # the whole method asks for the weights
         if self.relation and self.form != "cosine":
             assert rows is not None
-            weights = omega if self.robust_relation else torch.ones_like(omega)
+            weights = omega if "relation" in self.robust else torch.ones_like(omega)
             form = projection_loss if self.form == "projection" else softened_loss
             terms["kd_relation"] = self.relation * form(*rows, bank, targets.labels, weights)
         return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss
+from global_kd.losses import LabelOptions, RelationOptions
 
 from .coco_eval import evaluate
 from .detection_data import DetectionData, first_batches, to_device
@@ -73,16 +74,13 @@ class Knowledge:
             "background": self.background,
             "relation": self.relation,
             "logits": self.logits,
-            "robust_imitation": self.robust,
-            "robust_relation": self.robust,
-            "robust_logits": self.robust,
-            "own_class": self.own_class,
-            "center": self.center,
+            "robust": self.robust,
+            "relation_options": RelationOptions(own_class=self.own_class, center=self.center),
+            "label_options": LabelOptions(temperature=self.temperature),
             "levels": self.levels,
             "finest_scale": self.finest_scale,
             "min_side": self.min_side,
             "num_prototypes": self.num_prototypes,
-            "temperature": self.temperature,
             "refresh_every": None if self.prototype_images else self.refresh_every,
             "standardize": True,
         }

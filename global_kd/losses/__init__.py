@@ -19,4 +19,6 @@ from .logits import SoftLabels as SoftLabels
 from .mgd import MGD as MGD
 from .pfi import PFI as PFI
 from .pkd import PKD as PKD
+from .robust_distill import LabelOptions as LabelOptions
+from .robust_distill import RelationOptions as RelationOptions
 from .tar import TAR as TAR

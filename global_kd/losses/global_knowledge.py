@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..schedules import Schedule
 from ..step import Positives, Step
 from ..targets import Targets
 from .base import DistillLoss, Levels
-from .robust_distill import RobustDistillLoss
+from .robust_distill import LabelOptions, RobustDistillLoss
 
 _RELEASED_SIDE = 30.0  # pixels, where the finest level has stride 8
 _NAMED = 10  # classes without prototypes that are listed by name
@@ -66,7 +67,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         **rdm: With ``weights="confidence"`` an instance weighs the teacher's probability of its
             class instead of omega (a box the largest of its positives); that needs class logits of
             the teacher on the student's positives, and prototypes are for the relation term only.
-            The terms' weights and switches, see :class:`global_kd.RobustDistillLoss`; the
+            The terms' weights and options, see :class:`global_kd.RobustDistillLoss`; the
             paper's are ``**global_kd.PAPER``.
 
     Example:
@@ -189,8 +190,11 @@ class GlobalKnowledgeLoss(DistillLoss):
         return self.wants("foreground") or self.wants("background")
 
     def make(self, levels: Levels) -> None:
-        options = {"activation": levels.activation} if levels.activation is not None else {}
-        self.rdm = RobustDistillLoss(levels.strides, **(options | self._rdm_options))
+        labels = self._rdm_options.get("label_options", LabelOptions())
+        if labels.activation is None:
+            labels = replace(labels, activation=levels.activation)
+        options = self._rdm_options | {"label_options": labels}
+        self.rdm = RobustDistillLoss(levels.strides, **options)
         self.rdm.weights = self.weights
         self.bank = PrototypeBank(
             len(levels.strides),

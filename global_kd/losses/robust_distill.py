@@ -1,6 +1,7 @@
 """Robust distilling module (RDM): global, local and soft-label knowledge under one weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +34,56 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 """The released weights: ``GlobalKnowledgeLoss(num_classes, **PAPER)``."""
 
 
+WEIGHED = ("imitation", "relation", "logits")
+"""What robust weights can weigh."""
+
+
+@dataclass(frozen=True)
+class RelationOptions:
+    """How relations are taken, and the cosines that omega is made of.
+
+    Attributes:
+        own_class: Relate an instance to the prototypes of its own class only, instead of all.
+        center: Take cosines (of relation and omega) around the mean prototype of each level and
+            space, instead of around zero. Maps whose channels share a large mean have all their
+            cosines near 1 otherwise.
+        beta: Of the relation's smooth L1.
+        agreement: How instances are described for omega and the relation: ``"cosine"``, by their
+            cosines to prototypes (released), or ``"projection"``, by their coefficients on them
+            (paper), see :func:`global_kd.functional.robust_weights`.
+    """
+
+    own_class: bool = False
+    center: bool = False
+    beta: float = 1.0
+    agreement: str = "cosine"
+
+    def __post_init__(self) -> None:
+        _check.positive("beta", self.beta)
+        _check.one_of("agreement", self.agreement, AGREEMENTS)
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How soft labels are taken.
+
+    Attributes:
+        temperature: Divides the logits.
+        activation: ``"softmax"`` or ``"sigmoid"``, what the class head uses; ``None``: what the
+            student's is known to use, else ``"softmax"``.
+        class_reduction: ``"mean"`` over classes (released) or ``"sum"``.
+    """
+
+    temperature: float = 2.0
+    activation: str | None = None
+    class_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        _check.positive("temperature", self.temperature)
+        _check.one_of("activation", self.activation or "softmax", ACTIVATIONS)
+        _check.one_of("class_reduction", self.class_reduction, CLASS_REDUCTIONS)
+
+
 class RobustDistillLoss(nn.Module):
     r"""The RDM of Tang et al. 2022: features and a bank in, named terms out. No state.
 
@@ -40,7 +91,7 @@ class RobustDistillLoss(nn.Module):
 
     Robust weights ``omega (L, R)`` say how far the two spaces agree on each box on each level
     (:func:`global_kd.functional.robust_weights`). Each term is switched by its weight (0 leaves it
-    out) and uses omega or not by a switch of its own (below, omega also stands for the weights of
+    out), and ``robust`` names those that use omega (below, omega also stands for the weights of
     ``weights="confidence"``):
 
     - ``kd_foreground``, ``kd_background``: :func:`global_kd.functional.imitation_loss`, mean over
@@ -61,12 +112,9 @@ class RobustDistillLoss(nn.Module):
         logits: Weight of the soft labels.
         weights: ``"omega"`` (paper), or ``"confidence"``: the teacher's probability of the
             labelled class, given by the caller (:func:`global_kd.functional.confidence_weights`).
-        robust_imitation: Weight the foreground by omega.
-        robust_relation: Weight the relations by omega.
-        robust_logits: Weight the soft labels by the omega of the row's box on its level.
-        temperature: Of the soft labels.
-        activation: ``"softmax"`` or ``"sigmoid"``, what the detector's class head uses.
-        class_reduction: ``"mean"`` over classes (released) or ``"sum"``.
+        robust: What omega weighs: some of ``"imitation"`` (its foreground), ``"relation"`` and
+            ``"logits"`` (each row by the omega of its box on its level), or ``True``, all, or
+            ``False``, nothing.
         normalizer: Of the foreground: ``"weights"`` (released) or ``"cells"``.
         levels: ``"assigned"``: a box is foreground on the level of its size only (released);
             ``"all"``: on every level.
@@ -74,14 +122,8 @@ class RobustDistillLoss(nn.Module):
             first level; ``None`` is 14 cells of it (56 pixels at stride 4).
         standardize: Divide squared errors by the variance of the teacher's map, per level and
             batch, so that weights mean the same for every teacher (the released code does not).
-        own_class: Relate an instance to the prototypes of its own class only, instead of all.
-        center: Take cosines (of relation and omega) around the mean prototype of each level and
-            space, instead of around zero. Maps whose channels share a large mean have all their
-            cosines near 1 otherwise.
-        beta: Of the relation's smooth L1.
-        agreement: How instances are described for omega and the relation: ``"cosine"``, by their
-            cosines to prototypes (released), or ``"projection"``, by their coefficients on them
-            (paper), see :func:`global_kd.functional.robust_weights`.
+        relation_options: How relations, and the cosines behind omega, are taken.
+        label_options: How soft labels are taken.
     """
 
     def __init__(
@@ -93,20 +135,13 @@ class RobustDistillLoss(nn.Module):
         relation: float = 0.0,
         logits: float = 5.0,
         weights: str = "omega",
-        robust_imitation: bool = True,
-        robust_relation: bool = True,
-        robust_logits: bool = True,
-        temperature: float = 2.0,
-        activation: str = "softmax",
-        class_reduction: str = "mean",
+        robust: bool | Collection[str] = True,
         normalizer: str = "weights",
         levels: str = "assigned",
         finest_scale: float | None = None,
         standardize: bool = True,
-        own_class: bool = False,
-        center: bool = False,
-        beta: float = 1.0,
-        agreement: str = "cosine",
+        relation_options: RelationOptions = RelationOptions(),  # noqa: B008  # frozen
+        label_options: LabelOptions = LabelOptions(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.strides = tuple(float(s) for s in strides)
@@ -121,32 +156,25 @@ class RobustDistillLoss(nn.Module):
         }
         for name, value in self.weights.items():
             _check.not_negative(name, value)
-        for name, value in (("temperature", temperature), ("beta", beta)):
-            _check.positive(name, value)
         if finest_scale is not None:
             _check.positive("finest_scale", finest_scale)
-        _check.one_of("activation", activation, ACTIVATIONS)
-        _check.one_of("class_reduction", class_reduction, CLASS_REDUCTIONS)
+        for name, given, kind in (
+            ("relation_options", relation_options, RelationOptions),
+            ("label_options", label_options, LabelOptions),
+        ):
+            if not isinstance(given, kind):
+                raise TypeError(f"{name}: expected {kind.__name__}(...), but got {given!r}")
         _check.one_of("normalizer", normalizer, NORMALIZERS)
         _check.one_of("levels", levels, ("assigned", "all"))
         _check.one_of("weights", weights, WEIGHTS)
         self.robust_by = weights
-        _check.one_of("agreement", agreement, AGREEMENTS)
         self.weights = {name: float(value) for name, value in self.weights.items()}
-        self.robust_imitation = robust_imitation
-        self.robust_relation = robust_relation
-        self.robust_logits = robust_logits
-        self.temperature = temperature
-        self.activation = activation
-        self.class_reduction = class_reduction
+        self.robust = _weighed(robust)
+        self.label_options, self.relation_options = label_options, relation_options
         self.normalizer = normalizer
         self.levels = levels
         self.finest_scale = finest_scale
         self.standardize = standardize
-        self.own_class = own_class
-        self.center = center
-        self.beta = beta
-        self.agreement = agreement
 
     @property
     def foreground(self) -> float:
@@ -169,6 +197,11 @@ class RobustDistillLoss(nn.Module):
         return self.weights["logits"]
 
     @property
+    def activation(self) -> str:
+        """Of the class logits."""
+        return self.label_options.activation or "softmax"
+
+    @property
     def imitates(self) -> bool:
         """Whether a term needs adapted maps."""
         return self.foreground > 0 or self.background > 0
@@ -182,9 +215,9 @@ class RobustDistillLoss(nn.Module):
     def weighs(self) -> bool:
         """Whether any term weighs its instances."""
         return (
-            (self.robust_relation and self.relation > 0)
-            or (self.robust_imitation and self.foreground > 0)
-            or (self.robust_logits and self.logits > 0)
+            ("relation" in self.robust and self.relation > 0)
+            or ("imitation" in self.robust and self.foreground > 0)
+            or ("logits" in self.robust and self.logits > 0)
         )
 
     def forward(
@@ -255,13 +288,13 @@ class RobustDistillLoss(nn.Module):
                 t,
                 g_s,
                 g_t,
-                pairs=own if self.own_class else prototype_labels[:, None, :] >= 0,
-                beta=self.beta,
+                pairs=own if self.relation_options.own_class else prototype_labels[:, None, :] >= 0,
+                beta=self.relation_options.beta,
                 own=own,
-                weights=given if self.robust_relation else None,
-                robust=self.robust_relation and given is None,
+                weights=given if "relation" in self.robust else None,
+                robust="relation" in self.robust and given is None,
                 labels=prototype_labels,
-                project=self.agreement == "projection",
+                project=self.relation_options.agreement == "projection",
             )
             omega = found if given is None else given
         level = assign_levels(targets.boxes, self.strides, self.finest_scale)
@@ -277,15 +310,15 @@ class RobustDistillLoss(nn.Module):
             terms["relation"] = relation
         if self.logits and student_logits is not None and teacher_logits is not None:
             weights = None
-            if self.robust_logits and logit_box is not None:
+            if "logits" in self.robust and logit_box is not None:
                 weights = omega.gather(0, level[None])[0][logit_box]
             terms["logits"] = logit_loss(
                 student_logits,
                 teacher_logits,
                 weights,
-                temperature=self.temperature,
+                temperature=self.label_options.temperature,
                 activation=self.activation,
-                class_reduction=self.class_reduction,
+                class_reduction=self.label_options.class_reduction,
             )
         named = {
             f"kd_{part}": self.weights[part] * value if weighted else value
@@ -311,7 +344,7 @@ class RobustDistillLoss(nn.Module):
                 pool_levels(teacher, targets, self.strides),
             )
             given = *self._prototypes(rows, bank), targets.labels
-            return robust_weights(*given, agreement=self.agreement)
+            return robust_weights(*given, agreement=self.relation_options.agreement)
 
     def _prototypes(
         self, rows: tuple[Tensor, Tensor], bank: PrototypeBank
@@ -319,7 +352,7 @@ class RobustDistillLoss(nn.Module):
         """Rows and prototypes of both spaces, centred if asked, and the prototypes' labels."""
         s, t = rows
         g_s, g_t, labels = bank.flat()
-        if self.center:
+        if self.relation_options.center:
             filled = (labels >= 0)[..., None]
             count = filled.sum(dim=1, keepdim=True).clamp(min=1)
             middle_s = (g_s * filled).sum(dim=1, keepdim=True) / count
@@ -349,7 +382,7 @@ class RobustDistillLoss(nn.Module):
                     targets.boxes,
                     targets.image_index,
                     stride,
-                    omega[i] if self.robust_imitation else None,
+                    omega[i] if "imitation" in self.robust else None,
                     self.normalizer,
                     present=level == i if self.levels == "assigned" else None,
                 )
@@ -365,3 +398,13 @@ class RobustDistillLoss(nn.Module):
             f"strides={self.strides}, foreground={self.foreground}, "
             f"background={self.background}, relation={self.relation}, logits={self.logits}"
         )
+
+
+def _weighed(robust: bool | Collection[str]) -> frozenset[str]:
+    if isinstance(robust, bool):
+        return frozenset(WEIGHED if robust else ())
+    if isinstance(robust, str) or not isinstance(robust, Collection):
+        raise TypeError(f"robust: expected True, False or some of {WEIGHED}, but got {robust!r}")
+    for name in robust:
+        _check.one_of("robust", name, WEIGHED)
+    return frozenset(robust)

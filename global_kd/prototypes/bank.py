@@ -260,8 +260,8 @@ class PrototypeBank(nn.Module):
         """The table that ``print`` shows; ``repr`` is the line within a larger module.
 
         The cosines are means over all pairs of a level's prototypes. Near 1, what prototypes tell
-        apart is small beside what they share: ``center=True`` of
-        :class:`global_kd.RobustDistillLoss` takes cosines around their mean.
+        apart is small beside what they share: ``RelationOptions(center=True)``
+        of :class:`global_kd.RobustDistillLoss` takes cosines around their mean.
         """
         levels, classes, slots = self.valid.shape
         student, teacher, labels = self.flat()

@@ -158,7 +158,7 @@ def test_the_other_relation_has_its_weight_and_omega(form):
     rows = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
     loss = {"projection": projection_loss, "softened": softened_loss}[form]
     for robust in (True, False):
-        rdm = OtherRelation(form, [4, 8], relation=3.0, robust_relation=robust, **weights)
+        rdm = OtherRelation(form, [4, 8], relation=3.0, robust=robust, **weights)
         terms, omega = rdm(*maps, targets, bank, rows=rows, return_weights=True)
         assert omega.min() > 0 and omega.max() < 1
         wanted = 3 * loss(*rows, bank, targets.labels, omega if robust else torch.ones_like(omega))

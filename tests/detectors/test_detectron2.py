@@ -253,7 +253,7 @@ def test_a_square_moves_its_own_cells_most():
 def test_proposals_and_soft_labels_are_those_the_student_trains_on(kind):
     torch.manual_seed(0)
     student, teacher = detector(kind), detector(kind)
-    kd = Distiller(student, teacher, gk(robust_logits=False))
+    kd = Distiller(student, teacher, gk(robust=("imitation", "relation")))
     sampled, recorded = [], {}
     sample = student.roi_heads.label_and_sample_proposals
 

@@ -257,7 +257,7 @@ def test_proposals_are_the_students_positives_with_their_labels():
 def test_two_stage_soft_labels_compare_both_heads_on_the_same_proposals(boxes):
     torch.manual_seed(0)
     student, teacher = detector("faster_rcnn"), detector("faster_rcnn")
-    kd = Distiller(student, teacher, gk(logits=1.0, robust_logits=False, boxes=boxes))
+    kd = Distiller(student, teacher, gk(logits=1.0, robust=("imitation", "relation"), boxes=boxes))
     images, targets = scenes()
     recorded = {}
     student.roi_heads.box_roi_pool.register_forward_hook(
@@ -489,9 +489,7 @@ def test_what_does_not_fit_is_named():
 
 def test_adapters_forgotten_in_the_optimizer_are_reported():
     student, teacher = detector("retinanet", 4), detector("retinanet", 4)
-    kd = Distiller(
-        student, teacher, gk(relation=0, logits=0, robust_imitation=False, total_steps=64)
-    )
+    kd = Distiller(student, teacher, gk(relation=0, logits=0, robust=False, total_steps=64))
     images, targets = scenes(sizes=((32, 32), (32, 32)))
     with pytest.warns(UserWarning, match=r"give\s+kd.parameters\(\) to the optimizer"):
         for _ in range(64):

@@ -190,7 +190,7 @@ def test_soft_labels_lie_on_the_points_that_the_criterion_trains_as_objects(name
         for key, x in student.model[-1].named_parameters():
             if "one2one" in key:
                 x.add_(torch.randn_like(x), alpha=0.1)
-    kd = Distiller(student, teacher, gk(logits=1.0, robust_logits=False))
+    kd = Distiller(student, teacher, gk(logits=1.0, robust=("imitation", "relation")))
     seen, heads, assigned = recorded(kd), [], []
     student.model[-1].register_forward_hook(lambda m, args, out: heads.append(out))
     images = batch(scenes(), side=96)

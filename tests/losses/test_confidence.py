@@ -101,7 +101,7 @@ def test_a_box_weighs_the_most_confident_of_its_rows():
 def test_relations_are_weighed_by_it_and_prototypes_are_kept_for_them():
     loss = make(foreground=0, background=0, logits=0, weights="confidence", boxes="ground_truth")
     plain = make(foreground=0, background=0, logits=0, boxes="ground_truth",
-                 robust_relation=False)  # fmt: skip
+                 robust=False)  # fmt: skip
     box = torch.arange(6)
     for step in range(5):
         student, teacher, targets = batch(step)

@@ -221,7 +221,7 @@ def test_telemetry_names_only_what_there_was():
     loss(*batch(1))
     assert loss.telemetry()["step"] == 1
     assert not any(name.startswith("omega") for name in loss.telemetry())
-    plain = make(relation=0, robust_imitation=False, logits=0)
+    plain = make(relation=0, robust=False, logits=0)
     plain(*batch(0))  # no term asks for omega
     assert not any(name.startswith("omega") for name in plain.telemetry())
 
@@ -391,7 +391,7 @@ def test_a_refresh_that_never_comes_is_told_at_construction(every, steps, told):
         warnings.simplefilter("always")
         GlobalKnowledgeLoss(3, refresh_every=every, total_steps=steps)
         GlobalKnowledgeLoss(3, refresh_every=None, total_steps=steps)
-        off = {"robust_imitation": False, "robust_logits": False}
+        off = {"robust": ("relation",)}
         GlobalKnowledgeLoss(3, refresh_every=every, total_steps=steps, **off)
     texts = [str(x.message) for x in found if "refresh_every" in str(x.message)]
     assert len(texts) == told

@@ -15,6 +15,7 @@ from global_kd.functional import (
     robust_weights,
 )
 from global_kd.instances import assign_levels
+from global_kd.losses import LabelOptions, RelationOptions
 
 pytestmark = pytest.mark.usefixtures("every_form")
 
@@ -85,9 +86,7 @@ def test_terms_are_the_functional_core_per_level(batch, robust, assigned):
     loss = RobustDistillLoss(
         STRIDES,
         **weights,
-        robust_imitation=robust,
-        robust_relation=robust,
-        robust_logits=robust,
+        robust=robust,
         levels="assigned" if assigned else "all",
         finest_scale=24.0,
         standardize=False,
@@ -138,13 +137,13 @@ def test_terms_are_the_functional_core_per_level(batch, robust, assigned):
 @pytest.mark.parametrize(
     ("switch", "changes"),
     [
-        ("robust_imitation", {"kd_foreground"}),
-        ("robust_relation", {"kd_relation"}),
-        ("robust_logits", {"kd_logits"}),
+        ("imitation", {"kd_foreground"}),
+        ("relation", {"kd_relation"}),
+        ("logits", {"kd_logits"}),
     ],
 )
 def test_each_use_of_omega_is_a_switch_of_its_own(batch, switch, changes):
-    on, off = all_terms(), all_terms(**{switch: False})
+    on, off = all_terms(), all_terms(robust={"imitation", "relation", "logits"} - {switch})
     a, b = on(**batch), off(**batch)
     assert {k for k in a if not torch.equal(a[k], b[k])} == changes
 
@@ -170,7 +169,7 @@ def test_gradients_go_to_the_student_alone(batch):
 
 
 def test_standardize_makes_the_imitation_free_of_the_teachers_scale(batch):
-    loss = RobustDistillLoss(STRIDES, standardize=True, robust_imitation=False)
+    loss = RobustDistillLoss(STRIDES, standardize=True, robust=False)
     terms = loss(**batch)
     scaled = dict(batch)
     scaled["teacher"] = [10 * x for x in batch["teacher"]]
@@ -182,7 +181,9 @@ def test_standardize_makes_the_imitation_free_of_the_teachers_scale(batch):
 
 
 def test_own_class_counts_only_the_prototypes_of_the_instances_class(batch):
-    loss = RobustDistillLoss(STRIDES, relation=1.0, own_class=True, robust_relation=False)
+    loss = RobustDistillLoss(
+        STRIDES, relation=1.0, relation_options=RelationOptions(own_class=True), robust=False
+    )
     value = loss(**batch)["kd_relation"]
     expected = []
     for level in range(2):
@@ -200,7 +201,7 @@ def test_own_class_counts_only_the_prototypes_of_the_instances_class(batch):
 
 
 def test_centred_cosines_do_not_see_a_common_offset(batch):
-    loss = RobustDistillLoss(STRIDES, relation=1.0, center=True)
+    loss = RobustDistillLoss(STRIDES, relation=1.0, relation_options=RelationOptions(center=True))
     terms = loss(**batch)
     moved = dict(batch, bank=copy.deepcopy(batch["bank"]))
     moved["student"] = [x + 5 for x in batch["student"]]
@@ -212,7 +213,7 @@ def test_centred_cosines_do_not_see_a_common_offset(batch):
 def test_an_empty_bank_means_full_trust_and_no_relation(batch):
     empty = dict(batch, bank=PrototypeBank(2, CLASSES, 3, CS, CT).double())
     terms = all_terms()(**empty)
-    plain = all_terms(robust_imitation=False, robust_relation=False, robust_logits=False)(**empty)
+    plain = all_terms(robust=False)(**empty)
     assert terms["kd_relation"] == 0
     terms["kd_relation"].backward()
     for name in terms:
@@ -280,17 +281,47 @@ def test_whole_graph_compiles_for_any_number_of_boxes(batch):
     [
         ({"relation": -1}, "relation: expected a finite number >= 0, but got -1"),
         ({"foreground": float("nan")}, "foreground: expected"),
-        (
-            {"activation": "relu"},
-            "activation: expected one of 'softmax', 'sigmoid', but got 'relu'",
-        ),
         ({"levels": "fgfi"}, "levels: expected one of"),
-        ({"temperature": 0}, "temperature: expected a number > 0"),
+        ({"robust": ["boxes"]}, "robust: expected one of 'imitation', 'relation', 'logits', but"),
+        ({"robust": "logits"}, "robust: expected True, False or some of"),
+        ({"label_options": {"temperature": 2}}, "label_options: expected LabelOptions"),
+        ({"relation_options": None}, "relation_options: expected RelationOptions"),
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         RobustDistillLoss(STRIDES, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: LabelOptions(activation="relu"),
+            "activation: expected one of 'softmax', 'sigmoid', but got 'relu'",
+        ),
+        (lambda: LabelOptions(class_reduction="max"), "class_reduction: expected one of 'mean'"),
+        (lambda: LabelOptions(temperature=0), "temperature: expected a number > 0"),
+        (lambda: RelationOptions(beta=0.0), "beta: expected a number > 0"),
+    ],
+)
+def test_bad_groups_of_options_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_options_reach_their_terms(batch):
+    """Each of them changes its term alone."""
+    plain = all_terms()(**batch)
+    for options, changes in (
+        ({"label_options": LabelOptions(temperature=3.0)}, {"kd_logits"}),
+        ({"label_options": LabelOptions(activation="sigmoid")}, {"kd_logits"}),
+        ({"label_options": LabelOptions(class_reduction="sum")}, {"kd_logits"}),
+        ({"relation_options": RelationOptions(beta=0.01)}, {"kd_relation"}),
+        ({"relation_options": RelationOptions(own_class=True)}, {"kd_relation"}),
+    ):
+        terms = all_terms(**options)(**batch)
+        assert {k for k in plain if not torch.equal(plain[k], terms[k])} == changes, options
 
 
 def test_bad_levels_are_named(batch):
@@ -309,7 +340,7 @@ def test_bad_levels_are_named(batch):
 
 def test_centring_takes_the_mean_of_the_slots_that_are_filled(batch):
     """Of both spaces, whatever lies in the empty slots of a half-empty bank."""
-    loss = RobustDistillLoss(STRIDES, relation=1.0, center=True)
+    loss = RobustDistillLoss(STRIDES, relation=1.0, relation_options=RelationOptions(center=True))
     terms = loss(**batch)
     moved = dict(batch, bank=copy.deepcopy(batch["bank"]))
     bank = moved["bank"]
@@ -350,5 +381,5 @@ def test_soft_labels_alone_are_weighed_by_omega(batch):
     weights = omegas(batch).gather(0, level[None])[0][batch["logit_box"]]
     logits = batch["student_logits"], batch["teacher_logits"]
     torch.testing.assert_close(value, 5 * logit_loss(*logits, weights))
-    (plain,) = all_terms(**only, robust_logits=False)(**batch).values()
+    (plain,) = all_terms(**only, robust=False)(**batch).values()
     assert not torch.isclose(value, plain)

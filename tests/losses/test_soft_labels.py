@@ -24,7 +24,7 @@ def positives(n=5, classes=3, dtype=torch.float32, box=BOX):
 def test_the_number_of_global_knowledge():
     """Of the module that GlobalKnowledgeLoss runs: value and gradient, to the bit."""
     rows, features, targets = positives(), maps(dtype=torch.float32), truth()
-    whole = RobustDistillLoss([8, 16], foreground=0, background=0, logits=5.0, robust_logits=False)
+    whole = RobustDistillLoss([8, 16], foreground=0, background=0, logits=5.0, robust=False)
     alone = built(SoftLabels)
     bank = PrototypeBank(2, 3, 10, 3, 3)
     given = {"student_logits": rows.student, "teacher_logits": rows.teacher}
