@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, 
 from .hooks import evaluating, frozen, infer_strides, keeping_statistics, sharded_modules
 from .ops.boxes import pairwise_iou
 from .pyramid import align_levels, pair_levels
-from .step import Dense, Grid, Positives, RegionOutputs, Regions, Step, pair_dense
+from .step import Dense, Grid, Hidden, Positives, RegionOutputs, Regions, Step, pair_dense
 from .targets import Targets
 
 # What the student's own forward must be tapped for.
@@ -101,7 +101,7 @@ class Pair:
         for fact, (side, given) in _ALONE.items():
             if given not in sides[side].gives:
                 refused[fact] = f"{names[side]} gives no {given.removeprefix('teacher_')}"
-        for fact in ("dense", "boxes", "bins", "regions"):
+        for fact in ("dense", "boxes", "bins", "regions", "split_heads"):
             for name, detector in zip(names, sides, strict=True):
                 if fact not in detector.gives:
                     refused.setdefault(fact, f"{name} gives no {fact}")
@@ -246,6 +246,8 @@ class Pair:
             found["images"] = seen.look.view.images
         if "teacher_head" in facts:
             found["teacher_head"] = _Head(self, looked, their_own)
+        if "split_heads" in facts:
+            found["split_heads"] = _SplitHeads(self, seen.look, looked, their_own)
         return found
 
     def _regions(self, seen: Seen, looked: Look, proposals: Targets, box: Tensor) -> Regions:
@@ -276,20 +278,55 @@ class _Head:
         self._pair, self._looked, self._facts = pair, looked, facts
 
     def __call__(self, maps: Sequence[Tensor]) -> Dense:
-        levels = self._pair.levels[1]
-        whole = list(self._looked.maps)
-        if len(maps) != len(levels):
-            raise ValueError(f"maps: expected {len(levels)} paired levels, but got {len(maps)}")
-        for j, x in zip(levels, maps, strict=True):
-            theirs = whole[j]
-            if x.shape[2:] != theirs.shape[2:]:  # cut to the shared cells
-                theirs = theirs.to(x.dtype, copy=True)
-                theirs[:, :, : x.shape[2], : x.shape[3]] = x
-                x = theirs
-            whole[j] = x.to(whole[j].dtype)
+        whole = _put_in(maps, self._looked.maps, self._pair.levels[1])
         with frozen(self._pair.models[1]):
             dense = self._pair.teacher.head(whole, self._looked, self._facts)
         return _scaled(dense, self._pair.scale)
+
+
+class _SplitHeads:
+    """Both dense heads after some convolutions, on the paired levels, and the teacher's rest."""
+
+    def __init__(self, pair: Pair, seen: Look, looked: Look, facts: frozenset[str]) -> None:
+        self._pair, self._seen, self._looked, self._facts = pair, seen, looked, facts
+
+    def __call__(self, after: int) -> tuple[Hidden, Hidden, Callable[[Hidden], Dense]]:
+        pair = self._pair
+        with keeping_statistics(pair.models[0]):  # its own step remembers them
+            mine = pair.student.hidden(self._seen, after)
+        with torch.no_grad():
+            whole = pair.teacher.hidden(self._looked, after)
+
+        def tail(hidden: Hidden) -> Dense:
+            filled = Hidden(
+                _put_in(hidden.classes, whole.classes, pair.levels[1]),
+                _put_in(hidden.boxes, whole.boxes, pair.levels[1]),
+            )
+            with frozen(pair.models[1]):
+                dense = pair.teacher.tail(filled, after, self._looked, self._facts)
+            return _scaled(dense, pair.scale)
+
+        sides = []
+        for hidden, levels in ((mine, pair.levels[0]), (whole, pair.levels[1])):
+            classes, boxes = ([x[i] for i in levels] for x in (hidden.classes, hidden.boxes))
+            sides.append(Hidden(classes, boxes))
+        return sides[0], sides[1], tail
+
+
+def _put_in(maps: Sequence[Tensor], whole: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
+    """A teacher's levels with some of them replaced, on the cells that both have."""
+    if len(maps) != len(levels):
+        raise ValueError(f"maps: expected {len(levels)} paired levels, but got {len(maps)}")
+    result = list(whole)
+    for j, x in zip(levels, maps, strict=True):
+        theirs = whole[j]
+        if x.shape[2:] != theirs.shape[2:]:  # cut to the shared cells
+            theirs = theirs.to(x.dtype, copy=True)
+            height, width = (min(a, b) for a, b in zip(x.shape[2:], theirs.shape[2:], strict=True))
+            theirs[:, :, :height, :width] = x[:, :, :height, :width]
+            x = theirs
+        result[j] = x.to(whole[j].dtype)
+    return result
 
 
 def _scaled(dense: Dense, scale: float) -> Dense:

@@ -33,6 +33,8 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "queries": "the teacher's decoder queries: Queries",
         "images": "the student's network input: (B, C, H, W)",
         "teacher_head": "the teacher's dense head as a function of maps: maps -> Dense",
+        "split_heads": "hidden features of both dense heads, and the rest of the teacher's: int -> "
+        "(Hidden, Hidden, Hidden -> Dense)",
         "omega": "robust weights of the boxes: (L, R); they come from a GlobalKnowledgeLoss in the "
         "same list",
     }
@@ -205,6 +207,19 @@ class Dense:
         return replace(
             self, logits=self.logits.detach(), boxes=cut(self.boxes), bins=cut(self.bins)
         )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the branches of a dense head hold after some convolutions, before the activation.
+
+    Attributes:
+        classes: ``(B, C, H, W)`` for each level, in the order of the head's maps.
+        boxes: Likewise; the same tensors where both branches have one trunk.
+    """
+
+    classes: Sequence[Tensor]
+    boxes: Sequence[Tensor]
 
 
 def _without(x: Tensor, column: int) -> Tensor:
@@ -418,6 +433,9 @@ class Step:
         images: The student's network input ``(B, C, H, W)``.
         teacher_head: The teacher's dense head: takes maps with the teacher's channels (the levels
             above), gives :class:`Dense`, with gradients to the maps and none to its parameters.
+        split_heads: Takes a number of convolutions; gives :class:`Hidden` of the student, with
+            gradients, and of the teacher, for the levels above, and a function that runs the rest
+            of the teacher's head on such features and gives :class:`Dense`.
         omega: Robust weights ``(L, R)`` in [0, 1] of the targets' boxes on each level, detached.
     """
 
@@ -435,6 +453,7 @@ class Step:
     queries: Queries | None = None
     images: Tensor | None = None
     teacher_head: Callable[[Sequence[Tensor]], Dense] | None = None
+    split_heads: Callable[[int], tuple[Hidden, Hidden, Callable[[Hidden], Dense]]] | None = None
     omega: Tensor | None = None
 
     @property

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..step import Dense, Queries, RegionOutputs
+from ..step import Dense, Hidden, Queries, RegionOutputs
 from ..targets import Targets
 from .pixels import Pixels, View
 
@@ -82,7 +82,7 @@ class Detector(Protocol):
     Attributes:
         gives: The facts (:data:`global_kd.step.FACTS`) that it can supply, in either role:
             of ``"positives"``, ``"dense"``, ``"boxes"``, ``"bins"``, ``"priors"``, ``"assigned"``,
-            ``"regions"``, ``"queries"``, ``"teacher_head"``, ``"images"``.
+            ``"regions"``, ``"queries"``, ``"teacher_head"``, ``"split_heads"``, ``"images"``.
         family: ``"two-stage"``, ``"one-stage"`` or ``"query"``: whose published weights fit it;
             ``None``: unknown.
         taps: Paths in the student to record while it trains, by name, whatever is asked for; the
@@ -150,6 +150,14 @@ class Detector(Protocol):
     ) -> Dense:
         """The dense head on other maps, of the sizes that those of ``look`` have."""
 
+    def hidden(self, look: Look, after: int) -> Hidden:
+        """What the dense head holds after so many of its convolutions, run on the maps."""
+
+    def tail(
+        self, hidden: Hidden, after: int, look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        """The rest of the dense head on such features, of the sizes of ``look``'s maps."""
+
     def regions(self, look: Look, boxes: Targets) -> RegionOutputs:
         """The second stage on boxes in pixels of the view."""
 
@@ -199,6 +207,16 @@ class MapsOnly:
     ) -> Dense:
         """Not given."""
         raise self._without("teacher_head")
+
+    def hidden(self, look: Look, after: int) -> Hidden:
+        """Not given."""
+        raise self._without("split_heads")
+
+    def tail(
+        self, hidden: Hidden, after: int, look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        """Not given."""
+        raise self._without("split_heads")
 
     def regions(self, look: Look, boxes: Targets) -> RegionOutputs:
         """Not given."""

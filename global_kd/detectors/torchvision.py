@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import evaluating, feature_maps
-from ..step import Dense, RegionOutputs, shared_locations
+from ..step import Dense, Hidden, RegionOutputs, shared_locations
 from ..targets import Targets
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
@@ -49,6 +49,8 @@ class TorchvisionDetector(MapsOnly):
         self.inputs = ("roi",)
         self.family = "two-stage" if self._two_stage else "one-stage"
         gives = ["images", "positives", "dense", "boxes", "priors", "assigned", "teacher_head"]
+        if kind != "ssd":  # predicts from the maps themselves
+            gives.append("split_heads")
         self.gives = frozenset([*gives, "regions"] if self._two_stage else gives)
         transform = model.transform
         self.pixels: Pixels | None = Pixels(
@@ -142,6 +144,14 @@ class TorchvisionDetector(MapsOnly):
         self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
     ) -> Dense:
         return self._dense.read([fitting(x, self.model) for x in maps], look.view, facts)
+
+    def hidden(self, look: Look, after: int) -> Hidden:
+        return self._dense.hidden([fitting(x, self.model) for x in look.maps], after)
+
+    def tail(
+        self, hidden: Hidden, after: int, look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        return self._dense.tail(hidden, after, look.view, facts)
 
     def regions(self, look: Look, boxes: Targets) -> RegionOutputs:
         if not self._two_stage:

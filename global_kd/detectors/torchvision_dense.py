@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import infer_strides
-from ..step import Dense, Grid
+from ..step import Dense, Grid, Hidden
 from .pixels import View
 from .torchvision_forward import StandIn
+from .towers import cut, with_tower
 
 KINDS = {
     "FasterRCNN": "two-stage",
@@ -87,6 +88,26 @@ class DenseHead:
             boxes=boxes,
             priors=anchors if "priors" in facts else None,
         )
+
+    def hidden(self, maps: Sequence[Tensor], after: int) -> Hidden:
+        """What the towers hold after some convolutions, before the activation."""
+        classes, *other = ([cut(x.conv, after)[0](y) for y in maps] for x in self._heads())
+        return Hidden(classes, other[0] if other else classes)
+
+    def tail(self, hidden: Hidden, after: int, view: View, facts: frozenset[str]) -> Dense:
+        """The rest of the head on such features."""
+        rest = [with_tower(x, "conv", cut(x.conv, after)[1]) for x in self._heads()]
+        # Their forward itself: hooks of the whole head are none of this.
+        found = {"dense logits": type(rest[0]).forward(rest[0], list(hidden.classes))}
+        if len(rest) > 1 and "boxes" in facts:
+            found["dense boxes"] = type(rest[1]).forward(rest[1], list(hidden.boxes))
+        return self.read(hidden.classes, view, facts, found)
+
+    def _heads(self) -> list[Any]:
+        """Those with a tower of their own."""
+        if self.family == "two-stage":
+            return [self.model.rpn.head]
+        return [self.model.head.classification_head, self.model.head.regression_head]
 
     @torch.no_grad()
     def assigned(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hooks import FeatureTap, evaluating, tensors_in
-from ..step import Dense
+from ..step import Dense, Hidden
 from ..targets import Targets
 from . import rt_detr
 from .locations import beside
@@ -150,6 +150,18 @@ class UltralyticsDetector(MapsOnly):
         self, maps: Sequence[Tensor], look: Look, facts: frozenset[str] = frozenset()
     ) -> Dense:
         return self._dense(maps, look, facts, None)
+
+    def hidden(self, look: Look, after: int) -> Hidden:
+        if self._yolo is None:
+            return super().hidden(look, after)
+        return self._yolo.hidden(look.maps, after)
+
+    def tail(
+        self, hidden: Hidden, after: int, look: Look, facts: frozenset[str] = frozenset()
+    ) -> Dense:
+        if self._yolo is None:
+            return super().tail(hidden, after, look, facts)
+        return self._yolo.tail(hidden, after, facts, look.raw)
 
     def _dense(
         self,

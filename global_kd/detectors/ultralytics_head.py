@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..step import Dense, Grid
+from ..step import Dense, Grid, Hidden
 from ..targets import Targets
 from .locations import cells_of, rows_of
+from .towers import cut
 
 _GAINS = ("box", "cls", "dfl")
 
@@ -36,7 +37,7 @@ class YoloHead:
     @property
     def gives(self) -> frozenset[str]:
         """Facts that it supplies."""
-        facts = {"positives", "dense", "boxes", "priors", "assigned", "teacher_head"}
+        facts = {"positives", "dense", "boxes", "priors", "assigned", "teacher_head", "split_heads"}
         return frozenset(facts | ({"bins"} if self._head.reg_max > 1 else set()))
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
@@ -92,6 +93,31 @@ class YoloHead:
             bins=distances if "bins" in facts and self._head.reg_max > 1 else None,
             priors=cells if "priors" in facts else None,
         )
+
+    def hidden(self, maps: Sequence[Tensor], after: int) -> Hidden:
+        """What the branches hold after some blocks of convolutions, before the activation."""
+        classes, boxes = (
+            [cut(f, after, p)[0](x) for f, x in zip(branch, maps, strict=True)]
+            for branch, p in self._branches()
+        )
+        return Hidden(classes, boxes)
+
+    def tail(
+        self, hidden: Hidden, after: int, facts: frozenset[str], text: Tensor | None = None
+    ) -> Dense:
+        """The rest of the branches on such features."""
+        tapped = {}
+        (classes, p), (sides, q) = self._branches()
+        for i, x in enumerate(hidden.classes):
+            scores = cut(classes[i], after, p)[1](x)
+            tapped[f"logits {i}"] = self._head.cv4[i](scores, text) if self._texts else scores
+            if facts & {"boxes", "bins"}:
+                tapped[f"sides {i}"] = cut(sides[i], after, q)[1](hidden.boxes[i])
+        return self.dense(hidden.classes, facts, tapped, text)
+
+    def _branches(self) -> tuple[tuple[Any, int], tuple[Any, int]]:
+        """For classes and for sides, with the number of predicting convolutions at their ends."""
+        return (self._head.cv3, 1), (self._head.cv2, 1)
 
     def _scores(self, level: int, x: Tensor, text: Tensor | None) -> Tensor:
         x = self._head.cv3[level](x)

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from .. import _check
 from ..ops.boxes import giou
-from ..step import Dense, Step, pair_dense
+from ..step import Dense, Hidden, Step, pair_dense
 from .base import Common, DistillLoss
 from .bckd import check_beta, disagreement_rows
 from .rows import count_positives, quiet, rows_that_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def aligned(student: Tensor, teacher: Tensor) -> Tensor:
+    """Features ``(B, C, H, W)`` with the teacher's mean and deviation of each channel.
+
+    Over images and cells; gradients go through the student's mean and deviation, too.
+
+    Raises:
+        ValueError: Unlike numbers of channels.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"after: expected heads of equal width, but the student's has {student.shape[1]} "
+            f"channels, the teacher's {teacher.shape[1]}; after=0 adapts the maps instead"
+        )
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    means, deviations = [], []
+    for x in (student.to(dtype), teacher.detach().to(dtype)):
+        var, mean = torch.var_mean(
+            x, dim=(0, 2, 3), correction=int(x[:, 0].numel() > 1), keepdim=True
+        )
+        means.append(mean)
+        deviations.append((var + 1e-12).sqrt())  # a constant channel keeps a finite gradient
+    centred = (student.to(dtype) - means[0]) / (deviations[0] + 1e-6)
+    return (centred * deviations[1] + means[1]).to(student.dtype)
 
 
 class CrossKD(DistillLoss):
@@ -37,16 +64,19 @@ class CrossKD(DistillLoss):
     Needs a teacher with a dense head that can be called on maps. The student may have any head,
     and other classes. One forward and one backward of the teacher's head is the cost.
 
-    The released code takes the student's hidden features after three of the head's convolutions,
-    gives them the teacher's mean and deviation of each channel, and runs the rest of the teacher's
-    branch, so it wants two heads of one shape. Here the student's *maps* are adapted and the whole
-    head runs on them, which serves any pair; there is no alignment of statistics, since the head's
-    inputs have an adapter. The divergence of box distributions that the paper takes for GFL, and
+    By default the student's *maps* are adapted and the teacher's whole head runs on them, which
+    serves any pair. With ``after=n`` it is the paper's: the student's hidden features after ``n``
+    of its head's convolutions get the teacher's mean and deviation of each channel, and the rest of
+    the teacher's branches runs on them. That wants two heads of one shape (torchvision's Faster
+    R-CNN, RetinaNet and FCOS, Ultralytics' YOLO heads). The student's convolutions then run once
+    more. The divergence of box distributions that the paper takes for GFL, and
     the centreness of its ATSS, are left out: the boxes stand for both.
 
     Args:
         classes: Weight, default 1; the paper's FCOS 0.4.
         boxes: Weight, default 1; the paper's FCOS 0.75; 0 for heads without boxes.
+        after: Convolutions of the head after which the student's features are taken; 0: its maps.
+            The paper: 3 of 4 for RetinaNet, 2 for FCOS.
         beta: Power of the disagreement; 0 is soft binary cross-entropy, else at least 1.
         **common: See :class:`global_kd.losses.DistillLoss`. ``levels`` is refused: the head takes
             all of its levels.
@@ -61,10 +91,15 @@ class CrossKD(DistillLoss):
         *,
         classes: float | None = None,
         boxes: float | None = None,
+        after: int = 0,
         beta: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
         check_beta(beta)
+        _check.count("after", after or None)
+        self.after = after
+        if after:
+            self.needs = frozenset({"split_heads", "teacher_dense"})
         if common.get("levels") is not None:
             raise ValueError(
                 "levels: CrossKD expected None, since the teacher's head takes all of its levels, "
@@ -77,9 +112,27 @@ class CrossKD(DistillLoss):
         usual = {"one-stage": {"classes": 1.0, "boxes": 1.0}}
         super().__init__({"classes": classes, "boxes": boxes}, usual, **common)
 
+    @property
+    def adapts(self) -> bool:
+        return not self.after
+
+    def _cross(self, step: Step) -> Dense:
+        """What the teacher's head, or its rest, says of the student's features."""
+        if not self.after:
+            assert step.teacher_head is not None
+            return step.teacher_head(self.adapted(step))
+        assert step.split_heads is not None
+        student, teacher, tail = step.split_heads(self.after)
+        return tail(
+            Hidden(
+                [aligned(s, t) for s, t in zip(student.classes, teacher.classes, strict=True)],
+                [aligned(s, t) for s, t in zip(student.boxes, teacher.boxes, strict=True)],
+            )
+        )
+
     def terms(self, step: Step) -> dict[str, Tensor]:
-        assert step.teacher_head is not None and step.teacher_dense is not None
-        cross, teacher, _ = pair_dense(step.teacher_head(self.adapted(step)), step.teacher_dense)
+        assert step.teacher_dense is not None
+        cross, teacher, _ = pair_dense(self._cross(step), step.teacher_dense)
         teacher = teacher.detach()
         assigned = self._assigned(step, cross)
         counts = rows_that_count(self, cross, teacher, assigned=assigned)

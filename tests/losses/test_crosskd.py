@@ -11,8 +11,9 @@ from torch import nn
 
 from global_kd import Targets
 from global_kd.losses import CrossKD
+from global_kd.losses.crosskd import aligned
 from global_kd.ops.boxes import giou
-from global_kd.step import Dense, Grid
+from global_kd.step import Dense, Grid, Hidden
 from tests.losses.dense_heads import GRIDS, assigned, built, cast, finite, maps, row_weights, truth
 from tests.ops.test_boxes import by_hand
 from tests.watch import Graphs, NoFloat64, NoHostSync
@@ -251,3 +252,36 @@ def test_it_resumes():
     again.load_state_dict(loss.state_dict())
     assert again.step == 2
     assert values(again(student, teacher, **facts)) == values(loss(student, teacher, **facts))
+
+
+def test_aligned_features_have_the_teachers_mean_and_deviation():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 4, 5).double(), 3 + 2 * torch.randn(2, 3, 6, 5).double()
+    s.requires_grad_()
+    x = aligned(s, t)
+    torch.testing.assert_close(x.mean((0, 2, 3)), t.mean((0, 2, 3)))
+    torch.testing.assert_close(x.std((0, 2, 3)), t.std((0, 2, 3)), rtol=1e-5, atol=0)
+    assert torch.autograd.gradcheck(lambda y: aligned(y, t), (s,))
+    # One cell, and a constant channel: finite, with a finite gradient.
+    for shape in ((1, 3, 1, 1), (2, 3, 2, 2)):
+        flat = torch.ones(shape, requires_grad=True)
+        value = aligned(flat, torch.ones(shape))
+        (slope,) = torch.autograd.grad(value.sum(), flat)
+        assert value.isfinite().all() and slope.isfinite().all()
+
+
+def test_hidden_features_are_judged_by_the_rest_of_the_head():
+    student, teacher, facts = scene()
+    head = facts["teacher_head"]
+    asked = []
+
+    def split_heads(after):
+        asked.append(after)
+        return Hidden(student, student), Hidden(teacher, teacher), lambda x: head(x.classes)
+
+    terms = built(CrossKD, after=3)(
+        student, teacher, split_heads=split_heads, teacher_dense=facts["teacher_dense"]
+    )
+    cross = head([aligned(s, t) for s, t in zip(student, teacher)])
+    assert asked == [3]
+    assert values(terms) == pytest.approx(definition(cross, facts["teacher_dense"]), rel=1e-9)
