@@ -2,9 +2,11 @@
 
 Each part is a line of its own: the student's step alone, the teacher's forward (its backbone and,
 for soft labels, its box head), and what distillation itself adds: loss terms, forward and backward
-down to the student's maps. Weights are random, boxes are many: 32 an image, as in the full step.
+down to the student's maps. The teacher's forward also comes in other forms. Weights are random,
+boxes are many: 32 an image, as in the full step.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -106,6 +108,8 @@ def run(
         else:
             kd.detach()
     works[TEACHER] = partial(teach, teacher, images, proposals)
+    for form, twin in forms(teacher, compiled).items():
+        works[f"{TEACHER}, {form}"] = partial(teach, twin, images, proposals)
     rows: dict[str, dict[str, Any]] = {}
     for name, work in works.items():
         say(f"training: {name}")
@@ -141,12 +145,25 @@ def settle(model: Any, images: list[Tensor]) -> None:
     model.eval()
 
 
+def forms(teacher: Any, compiled: bool) -> dict[str, Any]:
+    """The same teacher, as docs/training.md says that it may be given."""
+    found = {
+        "bfloat16": copy.deepcopy(teacher).to(torch.bfloat16),
+        "channels last": copy.deepcopy(teacher).to(memory_format=torch.channels_last),
+    }
+    if compiled:
+        found["compiled"] = copy.deepcopy(teacher)
+        found["compiled"].backbone.compile(dynamic=False)
+    return found
+
+
 @torch.no_grad()
 def teach(teacher: Any, images: list[Tensor], proposals: Targets) -> list[Tensor]:
     """What distillation asks of the teacher: its maps, and its logits of the student's boxes."""
     seen, _ = teacher.transform(images)
-    maps, heads = teacher.backbone(seen.tensors), teacher.roi_heads
-    boxes = [proposals.boxes[proposals.image_index == i] for i in range(len(images))]
+    dtype = next(teacher.parameters()).dtype
+    maps, heads = teacher.backbone(seen.tensors.to(dtype)), teacher.roi_heads
+    boxes = [proposals.boxes[proposals.image_index == i].to(dtype) for i in range(len(images))]
     pooled = heads.box_roi_pool(maps, boxes, seen.image_sizes)
     return [*maps.values(), heads.box_predictor(heads.box_head(pooled))[0]]
 

@@ -10,7 +10,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from .hooks import is_average, unwrap
+from .hooks import exported_in_train_mode, is_average, unwrap
 from .losses.base import DistillLoss
 
 _ORDER = "the order is Distiller(student, teacher, losses)"
@@ -72,6 +72,12 @@ def detectors(student: Any, teacher: Any) -> tuple[nn.Module, nn.Module]:
         raise ValueError(
             "teacher: expected another network than the student, but got the student itself or one "
             "that shares all its parameters; pass a trained teacher, or copy.deepcopy(student)"
+        )
+    if (part := exported_in_train_mode(bare[1])) is not None:
+        raise ValueError(
+            "teacher: expected what was exported to be in eval mode, but got batch norm or dropout "
+            f"in train mode in {part or type(teacher).__name__!r}; call eval() on it before "
+            "torch.export.export"
         )
     where = [next((x.device for x in _tensors(model)), None) for model in bare]
     if None not in where and where[0] != where[1]:

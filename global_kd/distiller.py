@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _check, arguments
 from .detectors import Look, Pixels, ReadHead, Seen, reader
 from .doctor import Calibration, HeldShares, Report, Setup, calibrate, examine
-from .hooks import FeatureTap, evaluating, sharded_modules
+from .hooks import FeatureTap, evaluating, set_mode, sharded_modules
 from .losses.base import DistillLoss, Levels
 from .pair import Pair
 from .prototypes.bank import PrototypeBank
@@ -193,7 +193,7 @@ class Distiller(nn.Module):
         if not active:
             self._tap.clear()
             return {}
-        self._models[1].eval()
+        set_mode(self._models[1], False)
         facts = self._facts_of(active)
         seen = self._pair.read(self._tap.read(images), images, targets, facts)
         if self.training and self._held.due(dict(self._each())):
@@ -238,7 +238,7 @@ class Distiller(nn.Module):
         active = {name: loss for name, loss in self._each() if loss.active}
         if not active:
             return {}
-        self._models[1].eval()
+        set_mode(self._models[1], False)
         facts = self._wanted - _OF_TRUTH - {"proposals"}
         step = self._pair.unlabelled(images, facts)
         terms: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors import Detections, Detector, Look, Seen
+from ..hooks import set_mode
 from ..instances import assign_levels
 from ..losses.base import DistillLoss
 from ..pair import Pair
@@ -43,11 +44,13 @@ def examine(
         terms = _terms(student, values, detection)
         own = None if detection is None else float(detection.detach())
         theirs = None
-        if pair.student.kind is not None and pair.student.kind == pair.teacher.kind:
+        like = next(teacher.parameters(), None)  # in half precision few compute their own losses
+        whole = like is None or like.dtype in (torch.float32, torch.float64)
+        if whole and pair.student.kind is not None and pair.student.kind == pair.teacher.kind:
             train_all_but_statistics(teacher)
             with torch.no_grad():
                 theirs = own_loss(teacher, pair.teacher, images, targets, detection_loss)
-        teacher.eval()
+        set_mode(teacher, False)
         with torch.no_grad():
             found = pair.teacher.detections(looked.view)
     truth = seen.truth

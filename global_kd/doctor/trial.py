@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors import Detector, Look, Seen
-from ..hooks import FeatureTap
+from ..hooks import FeatureTap, set_mode
 from ..losses.base import DistillLoss
 from ..pair import Pair
 from .untouched import untouched, wait_for_no_rank
@@ -87,7 +87,7 @@ def trial(
     with untouched(student, teacher):
         student.train()
         wait_for_no_rank(student)
-        teacher.eval()
+        set_mode(teacher, False)
         with torch.enable_grad():
             own = own_loss(student, setup.pair.student, images, targets, detection_loss)
             if own is None and shares:

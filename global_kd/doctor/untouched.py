@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..hooks import set_mode
+
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
@@ -36,7 +38,7 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 
 def train_all_but_statistics(model: nn.Module) -> None:
     """Train mode, so that a detector computes its losses, with nothing random or moving in it."""
-    model.train()
+    set_mode(model, True)
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.eval()

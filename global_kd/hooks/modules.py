@@ -99,6 +99,29 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
     )
 
 
+def set_mode(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``, also where parts of it are exported, whose mode is fixed."""
+    try:
+        model.train(training)
+    except NotImplementedError:  # what ExportedProgram.module() says
+        for module in model.modules():
+            module.training = training
+
+
+def exported_in_train_mode(model: nn.Module) -> str | None:
+    """The path of a part that was exported with batch norm or dropout in train mode."""
+    flags = {"batch_norm": 5, "dropout": 2}  # which argument of the operation says so
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
+            place = flags.get(name)
+            if place is not None and len(node.args) > place and node.args[place] is True:
+                return path
+    return None
+
+
 class evaluating:  # noqa: N801 - reads like a statement
     """Context in which models are in eval mode; every module's own mode comes back afterwards.
 
@@ -116,7 +139,7 @@ class evaluating:  # noqa: N801 - reads like a statement
         self._modes = [(m, m.training) for m in modules]
         self._compiled = [(m, call) for m in modules if (call := m._compiled_call_impl) is not None]
         for model in self._models:
-            model.eval()
+            set_mode(model, False)
         for module, _ in self._compiled:
             module._compiled_call_impl = None
 

@@ -1,0 +1,157 @@
+"""The teacher in half precision, with channels last, compiled and exported: the same teacher."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from global_kd import Distiller, GlobalKnowledgeLoss
+from global_kd.losses import FRS, PKD
+
+from .detectors.detectors import detector, scenes
+from .test_distiller import BOXES, IMAGES, Detector
+from .watch import Graphs
+
+FORMS = [
+    "bfloat16",
+    "float16",
+    "channels last",
+    "compiled, wrapped",
+    "compiled, in place",
+    "compiled, its backbone",
+    "compiled, its backbone in place",
+    "compiled afterwards",
+    "exported",
+]
+CASES = [(kind, form) for kind in ("fcos", "own") for form in FORMS]
+CASES += [("faster_rcnn", form) for form in ("bfloat16", "compiled, its backbone", "exported")]
+
+
+def backbone(teacher) -> str:
+    return "body" if isinstance(teacher, Detector) else "backbone"
+
+
+def exported(module: nn.Module, channels_of: torch.Tensor) -> nn.Module:
+    """For images of any number and size; sides are those of whole cells."""
+    batch, height, width = Dim("batch"), Dim("height", max=64), Dim("width", max=64)
+    shapes = ({0: batch, 2: 16 * height, 3: 16 * width},)
+    program = torch.export.export(module.eval(), (channels_of,), dynamic_shapes=shapes)
+    return program.module()
+
+
+def in_form(teacher: nn.Module, form: str, backend: Graphs) -> nn.Module:
+    name = backbone(teacher)
+    if form in ("bfloat16", "float16"):
+        return teacher.to(getattr(torch, form))
+    if form == "channels last":
+        return teacher.to(memory_format=torch.channels_last)
+    if form == "compiled, wrapped":
+        return torch.compile(teacher, backend=backend)
+    if form == "compiled, in place":
+        teacher.compile(backend=backend)
+    if form == "compiled, its backbone":
+        setattr(teacher, name, torch.compile(getattr(teacher, name), backend=backend))
+    if form in ("compiled, its backbone in place", "compiled afterwards"):
+        getattr(teacher, name).compile(backend=backend)
+    if form == "exported":
+        whole = exported(getattr(teacher, name), torch.rand(2, 3, 64, 96))
+        if isinstance(teacher, Detector):  # its maps are what it puts out
+            return whole
+        teacher.backbone = whole
+    return teacher
+
+
+# One size for all images: what is exported takes whole cells only.
+SIZE = {"fixed_size": (96, 64)}
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    if kind == "own":
+        return Detector(4), Detector(9).eval()
+    return detector(kind, 8, **SIZE), detector(kind, 12, **SIZE).eval()
+
+
+def distilled(kind: str, form: str, teacher: nn.Module, student: nn.Module, then=lambda: None):
+    """Two steps of a student: the terms of both, and the gradients of its first weight."""
+    own = kind == "own"
+    losses = [
+        GlobalKnowledgeLoss(4, total_steps=9, refresh_every=1, min_side=4),
+        PKD(),
+        *([] if own else [FRS(warmup_steps=0)]),
+    ]
+    options = {"example_inputs": (IMAGES,)} if own else {}
+    if isinstance(teacher, torch.fx.GraphModule):  # one module, whose output is the pyramid
+        options["teacher_path"] = ""
+    kd = Distiller(student, teacher, losses, **options)
+    then()
+    batch = (IMAGES, BOXES) if own else scenes()
+    found = []
+    for _ in range(2):
+        student(*batch[: 1 if own else 2])
+        torch.manual_seed(1)
+        terms = kd(*batch)
+        total = sum(terms.values())
+        slope = torch.autograd.grad(total, next(student.parameters()), retain_graph=True)[0]
+        found.append({**{k: v.detach() for k, v in terms.items()}, "slope": slope})
+    if form in ("bfloat16", "exported"):
+        kd.check(*batch, verbose=False)
+    kd.detach()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {}
+
+
+@pytest.mark.parametrize(("kind", "form"), CASES)
+@pytest.mark.filterwarnings("ignore")  # of exporting, and of losses without steps
+def test_a_teacher_in_every_form_teaches_the_same(kind, form, expected):
+    torch._dynamo.reset()
+    if kind not in expected:
+        student, teacher = pair(kind)
+        torch.manual_seed(5)
+        expected[kind] = distilled(kind, "", teacher, student)
+    student, teacher = pair(kind)
+    backend = Graphs()
+    late = form == "compiled afterwards"
+    given = teacher if late else in_form(teacher, form, backend)
+    before = copy.deepcopy({k: v for k, v in given.state_dict().items()})
+    torch.manual_seed(5)
+    found = distilled(
+        kind,
+        form,
+        given,
+        student,
+        (lambda: in_form(teacher, form, backend)) if late else lambda: None,
+    )
+    half = form.endswith("16")
+    for one, other in zip(found, expected[kind]):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name].dtype == torch.float32 and one[name].isfinite().all(), name
+            if not half:
+                torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            elif name != "slope":  # of single weights it may be all rounding
+                assert one[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.01), name
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in given.parameters())
+    if form == "compiled, wrapped":  # it is taken off: docs/training.md says what to compile
+        assert backend.count == 0
+    elif form.startswith("compiled") and form != "compiled, in place":
+        assert backend.count > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_exported_in_train_mode_is_refused():
+    """Its batch norms would go on learning, whatever mode it is told to be in."""
+    body = Detector(9).body.train()
+    program = torch.export.export(body, (IMAGES,)).module()
+    with pytest.raises(ValueError, match=r"teacher: expected what was exported.*call eval\(\)"):
+        Distiller(Detector(4), program, PKD(), example_inputs=(IMAGES,))
