@@ -118,7 +118,7 @@ def exported_in_train_mode(model: nn.Module) -> str | None:
             name = getattr(node.target, "__name__", "").split(".")[0].rstrip("_")
             place = flags.get(name)
             if place is not None and len(node.args) > place and node.args[place] is True:
-                return path
+                return str(path)
     return None
 
 
