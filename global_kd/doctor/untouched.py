@@ -26,9 +26,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
                 vars(module).update(kept)
             with torch.no_grad():
                 for buffer, value in buffers:
-                    # A write to one that did not move would break a graph that is under way.
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+                    # Through data: autograd would take a write for a change of what a graph that is
+                    # under way has kept, but the value is again the one that it kept.
+                    buffer.data.copy_(value)
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
