@@ -1,0 +1,54 @@
+"""docs/troubleshooting.md knows every warning of the library."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "global_kd"
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def texts(node: ast.AST) -> list[str]:
+    """The literal parts of a message, as they stand between what is filled in."""
+    found = (n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return [n.value for n in sorted(found, key=lambda n: (n.lineno, n.col_offset))]
+
+
+def warned(source: str) -> Iterator[list[str]]:
+    """The literal parts of every warning in `source`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("warn"):
+            yield texts(node)
+
+
+WARNINGS = {
+    f"{file.relative_to(PACKAGE)}: {parts[0][:40]}": parts
+    for file in sorted(PACKAGE.rglob("*.py"))
+    for parts in warned(file.read_text(encoding="utf-8"))
+    if parts
+}
+
+
+def on_page(part: str, page: str) -> bool:
+    """Whether the page has four words of `part` in a row (or all, where it has fewer)."""
+    words = re.findall(r"[^\s`]+", part)
+    runs = (" ".join(words[i : i + 4]) for i in range(max(1, len(words) - 3)))
+    return any(run.rstrip(".,;:") in page for run in runs if run)
+
+
+@pytest.mark.parametrize("parts", WARNINGS.values(), ids=WARNINGS)
+def test_every_warning_has_its_cure(parts):
+    rows = [row for row in PAGE.splitlines() if row.startswith("| Warning ")]
+    assert any(on_page(part, row) for row in rows for part in parts)
+
+
+def test_that_this_test_can_fail():
+    (parts,) = warned('warnings.warn(f"nonsense: {x} that nobody has ever said")')
+    assert parts == ["nonsense: ", " that nobody has ever said"]
+    assert not any(on_page(part, PAGE) for part in parts) and len(WARNINGS) >= 9
