@@ -39,7 +39,8 @@ def make_distiller(
     """Both detectors and what the student is to learn; `verbose` tells which sizes were chosen."""
     data, teacher = experiment.data, experiment.teacher
     assert teacher is not None
-    settings = knowledge(args).options()  # of global knowledge, where that is distilled
+    steps = experiment.recipe.iterations
+    settings = knowledge(args, steps).options()  # of global knowledge, where that is distilled
     if args.data != "digits":  # for those the settings were chosen
         sizes, labels = boxes_at_input(data.train, student)
         stride = max(finest_stride(student), finest_stride(teacher))
@@ -49,7 +50,7 @@ def make_distiller(
     losses = make_losses(
         args.method,
         data.num_classes,
-        steps=experiment.recipe.iterations,
+        steps=steps,
         seed=args.seed,
         gk=settings,
     )

@@ -81,8 +81,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument(
         "--refresh-every",
         type=int,
-        default=known.refresh_every,
-        help="iterations to new prototypes",
+        help=f"iterations to new prototypes; default {known.refresh_every}, or a fifth of the "
+        "training where that is less",
     )
     method.add_argument(
         "--prototype-images", type=int, default=0, help="compute prototypes from N images instead"
@@ -136,13 +136,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.processes = 1 if alone else min(2, os.cpu_count() or 1)
     args.teacher_iterations = args.teacher_iterations or TEACHER_ITERATIONS
     for name in ("batch_size", "epochs", "side", "refresh_every", "lr"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be greater than 0.")
     return args
 
 
-def knowledge(args: argparse.Namespace) -> Knowledge:
-    """What to transfer by global knowledge, with sizes for digits."""
+def knowledge(args: argparse.Namespace, iterations: int) -> Knowledge:
+    """What to transfer by global knowledge in so many iterations, with sizes for digits."""
+    fifth = max(1, iterations // 5)
     return Knowledge(
         foreground=args.foreground,
         background=args.background,
@@ -152,7 +153,7 @@ def knowledge(args: argparse.Namespace) -> Knowledge:
         own_class=args.own_class,
         center=args.center,
         boxes=args.boxes,
-        refresh_every=args.refresh_every,
+        refresh_every=args.refresh_every or min(Knowledge.refresh_every, fifth),
         prototype_images=args.prototype_images,
     )
 

@@ -11,6 +11,7 @@ import torch
 import torchvision_frcnn
 from workshop import detectors, job
 from workshop.digit_scenes import SceneSettings
+from workshop.options import knowledge, parse
 from workshop.small_detectors import SIZES, small_faster_rcnn
 from workshop.training import Trainer
 
@@ -159,6 +160,12 @@ def test_other_methods(tiny, method, terms, capsys):
     metrics = json.loads((output / "metrics.json").read_text())
     assert list(metrics["models"]) == ["teacher", f"student + {method.lower()}"]
     assert (output / f"student_{method.lower()}.pt").is_file()
+
+
+def test_a_short_training_renews_its_prototypes_all_the_same():
+    for words, iterations, wanted in (("", 800, 100), ("", 10, 2), ("--refresh-every 50", 10, 50)):
+        args = parse(words.split())
+        assert knowledge(args, iterations).refresh_every == wanted
 
 
 def test_every_method_of_the_docs_has_a_name():
