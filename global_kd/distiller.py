@@ -57,6 +57,9 @@ class Distiller(nn.Module):
         teacher_scale: Side of the teacher's input in units of the student's: 2 shows the teacher
             twice the resolution. Levels are paired by their stride in the student's pixels. There
             are no soft labels on positives unless it is 1.
+        moving_teacher: The teacher's weights change during training on purpose, as those of an
+            average of the student do. Its prototypes are then known by its structure, so that a run
+            can be resumed, and every :meth:`refresh` runs it anew.
         student_layout: ``"BHWC"`` where the module named by ``student_path`` puts out maps with
             channels last, as Swin's stages do.
         teacher_layout: Likewise.
@@ -105,6 +108,7 @@ class Distiller(nn.Module):
         student_pixels: Pixels | None = None,
         teacher_pixels: Pixels | None = None,
         teacher_scale: float = 1.0,
+        moving_teacher: bool = False,
         student_layout: str = "BCHW",
         teacher_layout: str = "BCHW",
         student_dense: tuple[str, ReadHead] | None = None,
@@ -136,7 +140,7 @@ class Distiller(nn.Module):
                 teacher_pixels,
             )
             undo.callback(theirs.detach)
-            self._pair = Pair(mine, theirs, self._models, teacher_scale)
+            self._pair = Pair(mine, theirs, self._models, teacher_scale, moving_teacher)
             self._facts = {name: self._facts_for(loss, named) for name, loss in named.items()}
             strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
             for loss in named.values():
@@ -146,7 +150,9 @@ class Distiller(nn.Module):
         arguments.own(named.values(), self)
         self._passes: Passes | None = None
         if (keeper := self._keeper) is not None:
-            self._passes = Passes(keeper.generator, keeper.bank, strides, keeper.refresh)
+            bank, refresh = keeper.bank, keeper.refresh
+            moving = moving_teacher
+            self._passes = Passes(keeper.generator, bank, strides, refresh, moving=moving)
         self._wanted = frozenset[str]().union(*self._facts.values())
         self._tap = FeatureTap(student, self._pair.taps(self._wanted), inputs=mine.inputs)
         self._adapter_versions: dict[str, int] = {}

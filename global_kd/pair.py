@@ -48,6 +48,7 @@ class Pair:
         teacher: In its role as teacher.
         models: The bare detectors.
         scale: Side of the teacher's input in units of the student's.
+        moving: Whether the teacher's weights change on purpose.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Pair:
         teacher: Detector,
         models: tuple[nn.Module, nn.Module],
         scale: float,
+        moving: bool = False,
     ) -> None:
+        self.moving = moving
         self.student, self.teacher, self.models, self.scale = student, teacher, models, scale
         seen, looked = self._dry_run()
         self.strides = _strides(seen), [stride / scale for stride in _strides(looked)]
@@ -263,7 +266,9 @@ class Pair:
 
     def signature(self) -> str:
         """What the teacher's features depend on: its weights, where they are read, its scale."""
-        parts = [fingerprint(self.models[1])]
+        parts = [fingerprint(self.models[1], values=not self.moving)]
+        if self.moving:
+            parts.insert(0, "moving")
         if isinstance(self.teacher, ModuleDetector):
             parts.append(f"at {self.teacher.taps['features']}")
         if self.scale != 1:

@@ -135,8 +135,6 @@ class Targets:
                 f"{len(targets)}; an image without boxes has boxes of shape (0, 4)"
             )
         rows = [_Image.read(i, target, canvas) for i, target in enumerate(targets)]
-        counts = torch.tensor([len(x.boxes) for x in rows], dtype=torch.int64)
-        image_index = torch.arange(len(rows)).repeat_interleave(counts)
         full = [x for x in rows if len(x.boxes)]  # an image without boxes decides nothing
         if device is None:
             device = next((x.boxes.device for x in [*full, *rows]), torch.device("cpu"))
@@ -147,12 +145,15 @@ class Targets:
             joined = torch.cat([x.to(where) for x in parts]) if parts else empty
             return joined.to(device)
 
-        whole = torch.zeros(0, dtype=torch.int64)
-        boxes = packed([x.boxes for x in full], torch.zeros(0, 4))
+        whole = torch.zeros(0, dtype=torch.int64, device=device)
+        boxes = packed([x.boxes for x in full], torch.zeros(0, 4, device=device))
+        # Written where they are to be: a copy from the processor would make an accelerator wait.
+        index = [torch.full_like(x.labels, i, device=device) for i, x in enumerate(rows)]
+        image_index = torch.cat(index) if index else whole
         labels = packed([x.labels for x in full], whole)
         given = [x.ids for x in full if x.ids is not None]
         named = any(x.ids is not None for x in rows) and len(given) == len(full)
-        return cls(boxes, labels, image_index.to(device), packed(given, whole) if named else None)
+        return cls(boxes, labels, image_index, packed(given, whole) if named else None)
 
 
 @dataclass(frozen=True)

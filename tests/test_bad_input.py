@@ -271,6 +271,39 @@ def test_an_image_without_boxes_needs_no_ids():
     assert Targets.from_list([one, {"boxes": torch.tensor([BOX]), "labels": longs(1)}]).ids is None
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_default_device_has_no_say_in_targets(device):
+    """ "meta" stands for "cuda": nothing is made there and copied."""
+    one = {"boxes": torch.tensor([BOX, BOX]), "labels": longs(2), "ids": torch.tensor([5, 6])}
+    none = {"boxes": floats(0, 4), "labels": longs(0)}
+    with torch.device("meta"):
+        packed = Targets.from_list([one, none, one], device)
+        empty = Targets.from_list([none], device), Targets.from_list([], device)
+    assert packed.image_index.tolist() == [0, 0, 2, 2] and packed.ids.tolist() == [5, 6, 5, 6]
+    for x in (packed, *empty):
+        assert {x.boxes.device.type, x.labels.device.type, x.image_index.device.type} == {"cpu"}
+
+
+def test_where_targets_are_wanted_nothing_is_copied_from_the_processor():
+    """All on the device: a table of images made on the processor would make it wait."""
+    rows = [
+        {"boxes": floats(n, 4, device="meta"), "labels": longs(n, device="meta")} for n in (2, 0, 3)
+    ]
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.add(out.device.type)
+            return out
+
+    seen = set()
+    with Devices():
+        packed = Targets.from_list(rows)
+    assert seen == {"meta"} and packed.image_index.shape == (5,)
+
+
 def test_targets_from_list_name_the_image():
     good = {"boxes": torch.tensor([BOX]), "labels": longs(1)}
     with pytest.raises(ValueError, match=r"targets\[1\].*labels.*but got"):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..hooks import tensors_in
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, values: bool = True) -> str:
     """What tells one trained detector from another: 16 hexadecimal digits.
 
     SHA-256 over names, dtypes, shapes and bytes of all tensors in the ``state_dict``: the same on
@@ -21,14 +21,14 @@ def fingerprint(model: nn.Module) -> str:
     Sharded parameters (FSDP2) are gathered, so every process of their mesh has to call this, and
     the result is that of the whole model. Of quantised and other tensors that are made of tensors,
     the parts count. Tensors whose bytes cannot be had (on the meta device) count by name, dtype and
-    shape.
+    shape, and so do all without ``values``: of a teacher that is an average still moving.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         for x in tensors_in(value):
             name = name.replace("_orig_mod.", "")  # of submodules that are compiled
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-            for part in _parts(x):
+            for part in _parts(x) if values else ():
                 digest.update(_bytes(part))
     return digest.hexdigest()[:16]
 
@@ -46,7 +46,8 @@ def _parts(x: Tensor) -> Iterator[Tensor]:
     elif x.is_quantized:
         yield x.int_repr()
         if x.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            yield torch.tensor([x.q_scale(), x.q_zero_point()], dtype=torch.float64)
+            scale = [x.q_scale(), x.q_zero_point()]
+            yield torch.tensor(scale, dtype=torch.float64, device="cpu")
         else:
             yield from (x.q_per_channel_scales(), x.q_per_channel_zero_points())
     elif x.layout == torch.sparse_coo:

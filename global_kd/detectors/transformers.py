@@ -279,13 +279,20 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
             f"beside {sorted(batch)}, as the student's training forward takes them, but got "
             f"{labels!r}"
         )
-    counts = torch.tensor([len(x["boxes"]) for x in labels])
-    image_index = torch.arange(len(labels)).repeat_interleave(counts).to(device)
+    # Written where they are to be: a copy from the processor would make an accelerator wait.
+    image_index = torch.cat(
+        [
+            torch.full((len(x["boxes"]),), i, dtype=torch.int64, device=device)
+            for i, x in enumerate(labels)
+        ]
+    )
     boxes = _corners(torch.cat([x["boxes"] for x in labels]).to(device, torch.float32))
     if all("size" in x for x in labels):
         sizes = torch.stack([torch.as_tensor(x["size"]) for x in labels]).to(device)
     else:
-        sizes = torch.tensor([view.size] * len(labels)).to(device)
+        sizes = torch.stack(
+            [torch.full((len(labels),), x, device=device) for x in view.size], dim=1
+        )
     classes = torch.cat([x["class_labels"] for x in labels]).to(device)
     return Targets(boxes * sizes.flip(1).repeat(1, 2)[image_index], classes, image_index)
 

@@ -109,10 +109,11 @@ def weights_for(
     no weight changes by more than a factor of 10.
     """
     names = [name for loss in losses.values() for name in loss.term_names]
-    total = torch.zeros(2, len(names) + 1, dtype=torch.float64)
+    total = torch.zeros(2, len(names) + 1, dtype=torch.float64, device="cpu")
     for whole, norms in measured:
         row = [whole, *(norms.get(name, 0.0) for name in names)]
-        total += torch.tensor([row, [float(x > 0) for x in row]], dtype=torch.float64)
+        seen = [row, [float(x > 0) for x in row]]
+        total += torch.tensor(seen, dtype=torch.float64, device="cpu")
     Ranks().add(total)  # ranks saw other batches, and end with the same weights
     detection, *sizes = (total[0] / total[1].clamp(min=1)).tolist()
     by_name = dict(zip(names, sizes, strict=True))

@@ -1,5 +1,6 @@
 """The doctor before the first epoch: what one batch tells about a distillation set-up."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -150,7 +151,7 @@ def _path(detector: Detector, level: int) -> str:
 
 def _terms_problems(terms: dict[str, Term], values: dict[str, Tensor]) -> Iterable[str]:
     for name, term in terms.items():
-        if not torch.tensor(term.value).isfinite():
+        if not math.isfinite(term.value):
             yield (
                 f"{name} is {term.value}: look for NaN in the images, the weights or the teacher's "
                 "maps; lower the learning rate if the student has diverged"

@@ -12,7 +12,8 @@ from .. import _check
 
 BACKENDS = ("definition", "cpu", "triton")
 _forced: list[str] = []
-_trusted: dict[torch.device, bool] = {}  # GPUs on which the twins have been tried
+# GPUs on which the twins have been tried, with maps of which dtype.
+_trusted: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 @contextlib.contextmanager
@@ -36,41 +37,43 @@ def backend(x: Tensor) -> str:
 
     While ``torch.compile`` traces a program for the processor it is the definition, which the
     compiler fuses itself. On a GPU it is the Triton twin, after a small trial of the twins against
-    their definitions, once per process and GPU, has gone well; if not, a warning says why.
+    their definitions, once per process, GPU and dtype, has gone well; if not, a warning says why.
     """
     form = _forced[-1] if _forced else None
     if form is None:
         form = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "definition")
         # The twins accumulate in float32: float64 is there to check them.
-        if form == "triton" and (x.dtype == torch.float64 or not _twins_work(x.device)):
+        if form == "triton" and (x.dtype == torch.float64 or not _twins_work(x.device, x.dtype)):
             form = "definition"
     if form == "cpu" and torch.compiler.is_compiling():
         return "definition"
     return form
 
 
-def _twins_work(device: torch.device) -> bool:
-    if device in _trusted:
-        return _trusted[device]
+def _twins_work(device: torch.device, dtype: torch.dtype) -> bool:
+    key = device, dtype
+    if key in _trusted:
+        return _trusted[key]
     if not _good_moment():
         return False  # a later call will have the trial
-    _trusted[device] = False  # the trial's own ops
+    _trusted[key] = False  # the trial's own ops
     if find_spec("triton") is not None:
         try:
             from ._triton.trial import trial
 
-            trial(device)
-            _trusted[device] = True
+            trial(device, dtype)
+            _trusted[key] = True
         except Exception as error:  # whatever it is, training goes on
             warnings.warn(
-                f"global_kd: the Triton kernels do not work here ({type(error).__name__}: {error});"
-                " the definitions in plain torch take their place. Please report this",
+                f"global_kd: the Triton kernels do not work here with {dtype} "
+                f"({type(error).__name__}: {error}); the definitions in plain torch take their "
+                "place. Please report this",
                 stacklevel=2,
             )
         except BaseException:  # interrupted: that says nothing about the twins
-            del _trusted[device]
+            del _trusted[key]
             raise
-    return _trusted[device]
+    return _trusted[key]
 
 
 def _good_moment() -> bool:

@@ -43,6 +43,7 @@ class Passes:
         bank: Keeps them.
         strides: Of the bank's levels.
         finish: New prototypes from the generator into the bank.
+        moving: Whether the teacher changes, so that its rows are of no use to a later pass.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class Passes:
         bank: PrototypeBank,
         strides: Sequence[float],
         finish: Callable[[], None],
+        *,
+        moving: bool = False,
     ) -> None:
+        self.moving = moving
         self.generator, self.bank, self.strides = generator, bank, strides
         self._finish = finish
         self._kept: TeacherRows | None = None
@@ -100,7 +104,7 @@ class Passes:
                 "iterator can be read once, a DataLoader as often as you like",
                 stacklevel=3,
             )
-        self._kept = TeacherRows(generator, signature, sights)
+        self._kept = None if self.moving else TeacherRows(generator, signature, sights)
         generator.pass_turn = generator.turn
         if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
             self.bank.clear()
@@ -156,7 +160,8 @@ class Passes:
             raise ValueError(
                 f"teacher: expected that of the prototypes in the bank, "
                 f"{self.bank.teacher_fingerprint!r}, but got {signature!r}; kd.loss.bank.clear() "
-                "forgets them, kd.refresh(loader) makes new ones"
+                "forgets them, kd.refresh(loader) makes new ones; for a teacher that moves on "
+                "purpose, such as an average of the student, Distiller(..., moving_teacher=True)"
             )
 
     def _refuse_stranger(self, bank: PrototypeBank, signature: str) -> None:

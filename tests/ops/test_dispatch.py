@@ -48,9 +48,9 @@ def test_twins_are_tried_before_they_are_trusted(trial, monkeypatch):
     """A GPU is imitated by the only device there is."""
     calls = []
 
-    def tried(device):
+    def tried(device, dtype):
         calls.append(device)
-        assert dispatch._twins_work(device) is False  # its own ops find the definition
+        assert dispatch._twins_work(device, dtype) is False  # its own ops find the definition
         if trial == "fails":
             raise AssertionError("numbers differ")
 
@@ -60,17 +60,17 @@ def test_twins_are_tried_before_they_are_trusted(trial, monkeypatch):
     if trial == "is not there":
         monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     here = torch.device("cpu")
-    expected = pytest.warns(UserWarning, match="do not work here .AssertionError: numbers differ")
+    expected = pytest.warns(UserWarning, match="with torch.float32 .AssertionError: numbers differ")
     with expected if trial == "fails" else nullcontext():
-        assert dispatch._twins_work(here) is (trial == "passes")
-    assert dispatch._twins_work(here) is (trial == "passes")
+        assert dispatch._twins_work(here, torch.float32) is (trial == "passes")
+    assert dispatch._twins_work(here, torch.float32) is (trial == "passes")
     assert len(calls) == (trial != "is not there")  # once per process
 
 
 def test_there_is_no_trial_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(dispatch, "_trusted", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch._twins_work(torch.device("cpu")) is False
+    assert dispatch._twins_work(torch.device("cpu"), torch.float32) is False
     assert dispatch._trusted == {}
 
 
@@ -175,7 +175,9 @@ def trials(monkeypatch):
     monkeypatch.setattr(dispatch, "_trusted", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setitem(
-        sys.modules, "global_kd.ops._triton.trial", SimpleNamespace(trial=found.append)
+        sys.modules,
+        "global_kd.ops._triton.trial",
+        SimpleNamespace(trial=lambda *made: found.append(made)),
     )
     monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
     return found
@@ -186,7 +188,7 @@ def test_the_trial_waits_for_a_better_moment(mode, trials):
     here, said = torch.device("cpu"), []
 
     def ask(x):
-        said.append(dispatch._twins_work(here))
+        said.append(dispatch._twins_work(here, torch.float32))
         return x.sum()
 
     x = torch.ones(2, 2)
@@ -199,16 +201,83 @@ def test_the_trial_waits_for_a_better_moment(mode, trials):
     else:
         (torch.vmap(ask) if mode == "vmap" else torch.func.grad(ask))(x)
     assert said == [False] and not trials and dispatch._trusted == {}
-    assert dispatch._twins_work(here) and trials == [here]
+    assert dispatch._twins_work(here, torch.float32) and trials == [(here, torch.float32)]
 
 
 def test_an_interrupted_trial_is_tried_again(trials, monkeypatch):
-    def interrupted(device):
+    def interrupted(device, dtype):
         raise KeyboardInterrupt
 
     here, trial = torch.device("cpu"), sys.modules["global_kd.ops._triton.trial"]
     with monkeypatch.context() as patch:
         patch.setattr(trial, "trial", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            dispatch._twins_work(here)
-    assert dispatch._twins_work(here) and trials == [here]
+            dispatch._twins_work(here, torch.float32)
+    assert dispatch._twins_work(here, torch.float32) and trials == [(here, torch.float32)]
+
+
+def test_each_dtype_is_tried_apart(trials, monkeypatch):
+    """Kernels that fail in one take nothing from the others."""
+
+    def fails_in_halves(device, dtype):
+        trials.append(dtype)
+        if dtype != torch.float32:
+            raise RuntimeError("out of resource: shared memory")
+
+    here = torch.device("cpu")
+    trial = sys.modules["global_kd.ops._triton.trial"]
+    monkeypatch.setattr(trial, "trial", fails_in_halves)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        said = pytest.warns(UserWarning, match=rf"do not work here with {dtype} .*shared memory")
+        with said if dtype != torch.float32 else nullcontext():
+            assert dispatch._twins_work(here, dtype) is (dtype == torch.float32)
+        assert dispatch._twins_work(here, dtype) is (dtype == torch.float32)
+    assert trials == [torch.bfloat16, torch.float32, torch.float16]
+
+
+def on_a_gpu_that_is_imitated(x, monkeypatch):
+    """What `backend` says of a tensor, as if its device were a GPU."""
+    monkeypatch.setattr(
+        dispatch, "_twins_work", lambda device, dtype: trials_of.append((device, dtype)) or True
+    )
+    trials_of = []
+    stand_in = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=x.dtype)
+    return backend(stand_in), trials_of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_trial_is_of_the_tensors_dtype(dtype, monkeypatch):
+    form, asked = on_a_gpu_that_is_imitated(torch.ones(2, dtype=dtype), monkeypatch)
+    assert form == ("definition" if dtype == torch.float64 else "triton")
+    assert [d for _, d in asked] == ([] if dtype == torch.float64 else [dtype])
+
+
+@pytest.mark.parametrize("place", ["default dtype", "default device", "no_grad", "autocast"])
+def test_the_trial_has_its_own_dtype_and_device(place):
+    """Its inputs are drawn alike wherever it is called; both forms are the definition here."""
+    from global_kd.ops._triton import trial as module
+
+    seen = []
+
+    def forced(form):
+        seen.append(form)
+        return force("definition")
+
+    where = {
+        "default dtype": nullcontext(),
+        "default device": torch.device("meta"),
+        "no_grad": torch.no_grad(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }[place]
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "force", forced)
+        patch.setattr(module, "_SIZES", {"small tiles": module._SIZES["small tiles"]})
+        try:
+            if place == "default dtype":
+                torch.set_default_dtype(torch.float64)
+            with where:
+                module.trial(torch.device("cpu"), torch.float32)
+        finally:
+            torch.set_default_dtype(before)
+    assert seen == ["triton", "definition"]

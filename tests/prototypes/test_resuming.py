@@ -339,3 +339,84 @@ def test_neither_a_default_device_nor_a_default_dtype_has_a_say():
     assert {p.device.type for p in loss.parameters()} == {"cpu"}
     for p, q in zip(loss.parameters(), small().parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# --- a teacher that moves on purpose ---------------------------------------------------------
+
+
+def start_with_average(moving, **options):
+    student, kd, _ = start(**options)
+    kd.detach()
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    paths = {"student_path": "0", "teacher_path": "0", "example_inputs": (batch(0)[0],)}
+    loss = GlobalKnowledgeLoss(
+        3, num_prototypes=3, min_side=12, max_instances=4, total_steps=30, refresh_every=4
+    )
+    kd = Distiller(student, average, loss, moving_teacher=moving, **paths)
+    optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-2)
+    return student, kd, optimizer, average
+
+
+def train_with_average(student, kd, optimizer, average, steps):
+    for step in steps:
+        train(student, kd, optimizer, [step])
+        average.update_parameters(student)
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_run_with_an_average_as_teacher_is_resumed(moving):
+    whole = start_with_average(moving)
+    train_with_average(*whole, range(10))
+    before = start_with_average(moving)
+    train_with_average(*before, range(6))
+    assert before[1].loss.bank.valid.any()
+    after = start_with_average(moving)
+    for fresh, saved in zip(after, before, strict=True):
+        fresh.load_state_dict(saved.state_dict())
+    if moving:
+        train_with_average(*after, range(6, 10))
+        assert_same(whole[1].state_dict(), after[1].state_dict())
+        assert_same(whole[0].state_dict(), after[0].state_dict())
+    else:
+        with pytest.raises(ValueError, match=r"teacher: .* Distiller\(..., moving_teacher=True\)"):
+            train_with_average(*after, range(6, 10))
+
+
+def test_a_moving_teacher_is_looked_at_in_every_pass():
+    """Its rows of an earlier pass are another teacher's."""
+    student, kd, optimizer, average = start_with_average(True)
+    loader = [batch(n) for n in range(3)]
+    kd.refresh(loader, progress=False)
+    with torch.no_grad():
+        for p in average.parameters():
+            p.mul_(2)
+    kd.refresh(loader, progress=False)
+    bank = {name: x.clone() for name, x in kd.loss.bank.state_dict().items()}
+    other = start_with_average(True)
+    other[3].load_state_dict(average.state_dict())
+    other[1].refresh(loader, progress=False)
+    assert torch.equal(bank["teacher"], other[1].loss.bank.state_dict()["teacher"])
+    assert kd.loss.bank.teacher_fingerprint.startswith("moving")
+
+
+@pytest.mark.parametrize("change", ["depth", "from still", "to still"])
+def test_a_moving_teacher_of_another_structure_is_another(change):
+    student, kd, optimizer, average = start_with_average(change != "from still")
+    train_with_average(student, kd, optimizer, average, range(6))
+    state = kd.state_dict()
+    kd.detach()
+    teacher = nn.Sequential(*average.module, nn.ReLU(), nn.Conv2d(5, 5, 1))
+    paths = {"student_path": "0", "teacher_path": "0", "example_inputs": (batch(0)[0],)}
+    loss = GlobalKnowledgeLoss(
+        3, num_prototypes=3, min_side=12, max_instances=4, total_steps=30, refresh_every=4
+    )
+    kd = Distiller(
+        student,
+        teacher if change == "depth" else average,
+        loss,
+        moving_teacher=change != "to still",
+        **paths,
+    )
+    kd.load_state_dict(state)
+    with pytest.raises(ValueError, match="teacher: expected that of the prototypes in the bank"):
+        train(student, kd, optimizer, [6])
