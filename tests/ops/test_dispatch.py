@@ -281,3 +281,19 @@ def test_the_trial_has_its_own_dtype_and_device(place):
         finally:
             torch.set_default_dtype(before)
     assert seen == ["triton", "definition"]
+
+
+def test_large_tiles_are_tried_beside_small_ones(monkeypatch):
+    from global_kd.ops._triton import trial as module
+
+    seen = []
+
+    def fails_where_large(device, dtype, count, *sizes):
+        seen.append(count)
+        if count >= 256:
+            raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(module, "_try", fails_where_large)
+    with pytest.raises(RuntimeError, match="large tiles: out of resource"):
+        module.trial(torch.device("cpu"), torch.float32)
+    assert len(seen) == 2 and seen[0] < 256
