@@ -1,6 +1,7 @@
 """Results files to tables in docs/benchmarks.md and plots beside it."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,28 @@ def weights(results: Results) -> Iterator[str]:
         yield from rows(list(shares.HEAD), shares.body(result))
 
 
+COST = re.compile(r"(<!-- cost: (\w+) -->).*?(<!-- /cost -->)")
+
+
+def costs(result: Mapping[str, Any], text: str) -> str:
+    """The page of the methods with what each was measured to cost, with all threads."""
+    cases = {case["name"]: case for case in reversed(result["methods"])}
+
+    def cost(found: re.Match[str]) -> str:
+        case = cases.get(found[2], {})
+        mine = case.get("contestants", {}).get(LIBRARY, {})
+        said = "not measured yet"
+        if "wall" in mine:
+            beside = number(times(case, GLOBAL_KNOWLEDGE))
+            said = f"{beside} of a step of global knowledge, {mebibytes(mine['peak_bytes'])} MiB"
+            rival = times(case, COMPILED_FORMULATION)
+            if rival is not None:
+                said += f"; {number(rival)} of its plain formulation under `torch.compile`"
+        return f"{found[1]}{said}{found[3]}"
+
+    return COST.sub(cost, text)
+
+
 TITLES = {
     "boxes": ("Cost by number of boxes", "boxes an image"),
     "side": ("Cost by image side", "side of the image, pixels"),
@@ -313,4 +336,9 @@ def main(folder: Path, page: Path = PAGE) -> int:
     body = "\n".join(written).rstrip("\n")
     page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
     print(f"written: {page}")
+    beside = page.with_name("methods.md")
+    if beside.exists() and "cpu" in results.get("methods", {}):
+        known = beside.read_text(encoding="utf-8")
+        beside.write_text(costs(results["methods"]["cpu"], known), encoding="utf-8")
+        print(f"written: {beside}")
     return 0

@@ -262,6 +262,19 @@ def test_report_writes_the_tables(results, tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_report_writes_what_each_method_costs(results, tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    beside = tmp_path / "methods.md"
+    words = "| Cost | <!-- cost: {} -->{}<!-- /cost --> |\n"
+    beside.write_text(words.format("fgd", "old") + words.format("unknown", ""))
+    for _ in range(2):
+        main(["report", "--results", str(results["folder"]), "--page", str(page)])
+    fgd, unknown = beside.read_text(encoding="utf-8").splitlines()
+    assert re.search(r"-->[\d.e+]+ of a step of global knowledge, [\d.]+ MiB<!--", fgd)
+    assert unknown.endswith("-->not measured yet<!-- /cost --> |")
+
+
 def test_report_draws_the_curves(tmp_path):
     pytest.importorskip("matplotlib")
     times = {"median_s": 1e-3, "quartiles_s": [9e-4, 2e-3]}

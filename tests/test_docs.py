@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import global_kd
+import global_kd.losses
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if page.exists()]
@@ -216,3 +217,22 @@ def test_other_fences_are_not_code():
 def test_a_fence_inside_a_list_is_dedented():
     page = "1. one\n\n   ```python\n   a = [\n       1,\n   ]\n   ```\n"
     assert [block.source for block in blocks_of(page)] == ["a = [\n    1,\n]\n"]
+
+
+def test_every_method_is_described_by_the_one_template():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    sections = {x.split("\n")[0]: x for x in page.split("\n## ")[1:] if "| Needs |" in x}
+    known = {x.__name__ for x in vars(global_kd.losses).values() if hasattr(x, "needs")}
+    assert set(sections) == known - {"DistillLoss"} | {"GlobalKnowledgeLoss"}
+    for name, section in sections.items():
+        assert "$$" in section, name
+        rows = re.findall(r"^\| (\w[^|]*) \|", section, re.MULTILINE)
+        assert [x for x in rows if x not in ("Terms", "Evidence of others")][-5:] == [
+            "Needs",
+            "Defaults",
+            "Changed",
+            "Cost",
+            "Evidence",
+        ], name
+        if name != "GlobalKnowledgeLoss":
+            assert f"<!-- cost: {getattr(global_kd.losses, name).name} -->" in section
