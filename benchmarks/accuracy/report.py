@@ -347,9 +347,11 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
         return False
     figure, plot = _figure(7, 4.2)
     for n, (name, runs) in enumerate(curves.items()):
-        # Arms of equal time have as many points at other iterations.
+        # Arms of equal time have as many points at other iterations; some trainings have fewer.
+        count = min(len(runs[s]) for s in seeds)
+        shared = [_thinned(runs[s], count) for s in seeds]
         x, y = (
-            [mean(p[key] for p in points) for points in zip(*(runs[s] for s in seeds), strict=True)]
+            [mean(p[key] for p in points) for points in zip(*shared, strict=True)]
             for key in ("iteration", "AP")
         )
         style = "--" if name.startswith("none") else ("-" if n < 10 else ":")
@@ -359,6 +361,12 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     plot.set_ylabel(f"AP in percent on {CURVE_SCENES} scenes, {over}")
     plot.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return _save(figure, file)
+
+
+def _thinned(points: Sequence[Any], count: int) -> Sequence[Any]:
+    """So many of evenly spread points, the last among them."""
+    step = len(points) // count
+    return points[step - 1 :: step][-count:]
 
 
 def machines(sources: Sources, tables: Sequence[Table]) -> Iterator[str]:

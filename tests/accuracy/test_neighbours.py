@@ -101,3 +101,9 @@ def test_the_page_shows_them(tmp_path, monkeypatch):
 def test_the_student_comes_first(tmp_path):
     with pytest.raises(SystemExit, match="Train the student first"):
         areas("bccd", Store(tmp_path, tmp_path))
+
+
+def test_curves_with_fewer_points_are_drawn_at_those_that_all_have():
+    assert report._thinned([25, 50, 75, 100], 2) == [50, 100]
+    assert report._thinned([25, 50, 75, 100], 4) == [25, 50, 75, 100]
+    assert report._thinned([30, 60, 90], 1) == [90]
