@@ -163,8 +163,9 @@ def teach(teacher: Any, images: list[Tensor], proposals: Targets) -> list[Tensor
     seen, _ = teacher.transform(images)
     dtype = next(teacher.parameters()).dtype
     maps, heads = teacher.backbone(seen.tensors.to(dtype)), teacher.roi_heads
-    boxes = [proposals.boxes[proposals.image_index == i].to(dtype) for i in range(len(images))]
-    pooled = heads.box_roi_pool(maps, boxes, seen.image_sizes)
+    boxes = [proposals.boxes[proposals.image_index == i] for i in range(len(images))]
+    whole = {name: x.float() for name, x in maps.items()}  # pooling knows no half on processors
+    pooled = heads.box_roi_pool(whole, boxes, seen.image_sizes).to(dtype)
     return [*maps.values(), heads.box_predictor(heads.box_head(pooled))[0]]
 
 

@@ -110,7 +110,9 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 def exported_in_train_mode(model: nn.Module) -> str | None:
     """The path of a part that was exported with batch norm or dropout in train mode."""
-    flags = {"batch_norm": 5, "dropout": 2}  # which argument of the operation says so
+    # Which argument of an operation says so; torch 2.4 exports smaller operations.
+    flags = {"batch_norm": 5, "dropout": 2, "native_dropout": 2}
+    flags |= {"_native_batch_norm_legit": 5, "_native_batch_norm_legit_functional": 5}
     for path, module in model.named_modules():
         if not isinstance(module, torch.fx.GraphModule):
             continue
