@@ -201,7 +201,7 @@ class Distiller(nn.Module):
             return {}
         set_mode(self._models[1], False)
         facts = self._facts_of(active)
-        seen = self._pair.read(self._tap.read(images), images, targets, facts)
+        seen = self._pair.read(self._tap, images, targets, facts)
         if self.training and self._held.due(dict(self._each())):
             self._held.hold(self._setup(), images, targets)
         with torch.no_grad():

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
-from .hooks import evaluating, frozen, infer_strides, keeping_statistics, sharded_modules
+from .detectors.given import refuse_other, refuse_strangers
+from .hooks import (
+    FeatureTap,
+    evaluating,
+    frozen,
+    infer_strides,
+    keeping_statistics,
+    sharded_modules,
+)
 from .ops.boxes import pairwise_iou
 from .pyramid import align_levels, pair_levels
 from .step import Dense, Grid, Hidden, Positives, RegionOutputs, Regions, Step, pair_dense
@@ -160,11 +168,13 @@ class Pair:
 
     # A step ---------------------------------------------------------------------------------
 
-    def read(
-        self, tapped: dict[str, Any], images: Any, targets: Any, facts: frozenset[str]
-    ) -> Seen:
-        """A training step of the student, as far as the facts ask for it."""
-        return self.student.read(tapped, images, targets, self._of_student(facts))
+    def read(self, tap: FeatureTap, images: Any, targets: Any, facts: frozenset[str]) -> Seen:
+        """The training step of the student that a tap recorded, as far as the facts ask for it."""
+        call, tapped = tap.call, tap.read(images)
+        refuse_other(self.student, call, images, targets)
+        seen = self.student.read(tapped, images, targets, self._of_student(facts))
+        refuse_strangers(seen.truth, len(seen.look.maps[0]))
+        return seen
 
     def maps(self, seen: Look, looked: Look) -> tuple[list[Tensor], list[Tensor]]:
         """The paired levels of both, cell for cell the same places."""

@@ -8,7 +8,7 @@ bottom, so they are in pixels of the network input. Labels are Detectron2's: for
 background, in its *last* column; soft labels are taken over all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..hooks import evaluating
 from ..step import Dense, RegionOutputs, shared_locations
 from ..targets import Targets
-from .detectron2_batch import ground_truth, image_list, pack
+from .detectron2_batch import ground_truth, image_list, is_batch, pack, tensors_of
 from .detectron2_heads import BoxHead, DenseHead, in_full_precision, matched
+from .given import taken
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -156,6 +157,10 @@ class Detectron2Detector(MapsOnly):
             if "assigned" in facts:
                 seen = replace(seen, assigned=assigned)
         return seen
+
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        batch = taken(("batched_inputs",), args, kwargs)["batched_inputs"]
+        return {"images": [tensors_of(x) for x in batch]} if is_batch(batch) else {}
 
     def see(self, images: Any) -> View:
         padded = self.model.preprocess_image(images)

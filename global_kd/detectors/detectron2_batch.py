@@ -17,7 +17,7 @@ def ground_truth(batch: Any, targets: Any, device: torch.device) -> list[Any]:
             "targets: expected None, since Detectron2 puts the ground truth into the batch: "
             f"kd(batch); but got {type(targets).__name__}"
         )
-    if not isinstance(batch, (list, tuple)) or not all(isinstance(x, dict) for x in batch):
+    if not is_batch(batch):
         raise ValueError(
             "images: expected Detectron2's batch, a list of dictionaries, but got "
             f"{type(batch).__name__}"
@@ -32,6 +32,20 @@ def ground_truth(batch: Any, targets: Any, device: torch.device) -> list[Any]:
         instances(x, x.gt_boxes.to(device), x.gt_classes.to(device))  # without masks and the like
         for x in (one["instances"] for one in batch)
     ]
+
+
+def is_batch(batch: Any) -> bool:
+    """Whether this has the form of a batch."""
+    return isinstance(batch, (list, tuple)) and all(isinstance(x, dict) for x in batch)
+
+
+def tensors_of(one: dict[str, Any]) -> dict[str, Tensor]:
+    """The image and the boxes of an entry."""
+    found = {"image": one["image"]} if "image" in one else {}
+    truth = one.get("instances")
+    if truth is not None and truth.has("gt_boxes"):
+        found |= {"boxes": truth.gt_boxes.tensor, "classes": truth.gt_classes}
+    return found
 
 
 def pack(truth: Sequence[Any]) -> Targets:

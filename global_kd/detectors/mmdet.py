@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..hooks import evaluating, feature_maps, input_channels
 from ..targets import Targets
+from .given import taken
 from .pixels import Pixels, View
 from .protocol import Detections, Look, MapsOnly, Seen
 
@@ -75,6 +76,15 @@ class MMDetDetector(MapsOnly):
     ) -> Seen:
         view, truth = _read(images, targets)
         return Seen(Look(feature_maps(tapped["features"]), view), truth)
+
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        images, samples = taken(("inputs", "data_samples"), args, kwargs).values()
+        if not isinstance(images, Tensor):
+            return {}
+        if isinstance(samples, Sequence):
+            known = (getattr(x, "gt_instances", None) for x in samples)
+            samples = [{} if x is None else {"boxes": _boxes(x), "labels": x.labels} for x in known]
+        return {"images": images, "targets": samples}
 
     def see(self, images: Any) -> View:
         if isinstance(images, Mapping):

@@ -125,6 +125,16 @@ class Detector(Protocol):
     ) -> Seen:
         """Read a training step of this student, as far as the facts ask for it."""
 
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """The images and the ground truth among the arguments of this detector's forward call.
+
+        In lists and mappings of tensors, by the names to use in messages; ``None`` where there is
+        none. Empty: the form of the arguments is not known.
+        """
+
+    def as_call(self, images: Any, targets: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of the forward call that a batch given to the distiller speaks of."""
+
     def see(self, images: Any) -> View:
         """The network input of a batch, whether or not it has ground truth."""
 
@@ -193,6 +203,14 @@ class MapsOnly:
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
         """None."""
         return {}
+
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Not known."""
+        return {}
+
+    def as_call(self, images: Any, targets: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Images and targets, or a batch that holds both."""
+        return ((images,) if targets is None else (images, targets)), {}
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         """Not given."""

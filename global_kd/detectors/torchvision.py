@@ -5,7 +5,7 @@ of the student's ``transform``. Labels are torchvision's: 0 is the background in
 detectors and SSD, so ``num_classes`` of the loss counts it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..hooks import evaluating, feature_maps
 from ..step import Dense, Hidden, RegionOutputs, shared_locations
 from ..targets import Targets
+from .given import one_each, taken
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 from .torchvision_dense import DenseHead, family, firsts
@@ -95,6 +96,7 @@ class TorchvisionDetector(MapsOnly):
             raise ValueError(
                 "targets: expected the student's last forward to have had targets, in train mode"
             )
+        one_each(truth, len(transformed.image_sizes))
         view, features = View(transformed.tensors, transformed.image_sizes), tapped["features"]
         maps = feature_maps(features)
         sampled = assigned = proposals = None
@@ -114,11 +116,28 @@ class TorchvisionDetector(MapsOnly):
         assigned = assigned if "assigned" in facts else None
         return Seen(look, _pack(truth), sampled, assigned, proposals)
 
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        images, targets = taken(("images", "targets"), args, kwargs).values()
+        if images is None or isinstance(images, Mapping):
+            raise ValueError(
+                "images: expected the images that the student was called with, a list of tensors "
+                f"(C, H, W), but got {type(images).__name__}"
+            )
+        if targets is not None:
+            if not isinstance(targets, (list, tuple)):
+                raise ValueError(
+                    "targets: expected the targets that the student was called with, a list of one "
+                    f"dictionary per image, but got {type(targets).__name__}"
+                )
+            targets = [_truth_in(x) for x in targets]
+        return {"images": list(images), "targets": targets}
+
     def see(self, images: Any) -> View:
         transformed, _ = self.model.transform(list(images))
         return View(transformed.tensors, transformed.image_sizes)
 
     def observe(self, images: Any, targets: Any) -> Seen:
+        one_each(targets, len(images))
         transformed, truth = self.model.transform(list(images), list(targets))
         return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))
 
@@ -228,6 +247,12 @@ class TorchvisionDetector(MapsOnly):
         label = torch.cat(labels)  # 0 background; the sampler draws none that is ignored
         drawn = Targets(torch.cat(proposals).float(), label, _image_index(proposals))
         return drawn, torch.where(label > 0, box, -1)
+
+
+def _truth_in(target: Any) -> Any:
+    if not isinstance(target, Mapping):
+        return target
+    return {key: target[key] for key in ("boxes", "labels") if key in target}
 
 
 def _pack(truth: list[dict[str, Tensor]]) -> Targets:

@@ -20,6 +20,7 @@ from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
 from ..step import Dense, Queries
 from ..targets import Targets
 from . import lw_detr, rt_detr
+from .given import one_each, taken
 from .pixels import IMAGENET, Pixels, View
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -159,6 +160,19 @@ class TransformersDetector(MapsOnly):
             sampled = rt_detr.sample(self.dense(look, frozenset({"boxes"})), truth)
         return Seen(look, truth, sampled)
 
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        given = taken(("pixel_values", "pixel_mask"), args, kwargs)
+        if not isinstance(given["pixel_values"], Tensor):
+            return {}
+        if (labels := kwargs.get("labels")) is not None:
+            labels = [
+                {key: x[key] for key in ("class_labels", "boxes") if key in x} for x in labels
+            ]
+        return {**given, "labels": labels}
+
+    def as_call(self, images: Any, targets: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        return ((), images) if isinstance(images, Mapping) else ((), {})
+
     def see(self, images: Any) -> View:
         return View(images) if isinstance(images, Tensor) else _view(images)
 
@@ -279,6 +293,7 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
             f"beside {sorted(batch)}, as the student's training forward takes them, but got "
             f"{labels!r}"
         )
+    one_each(labels, len(view.images), "labels")
     # Written where they are to be: a copy from the processor would make an accelerator wait.
     image_index = torch.cat(
         [

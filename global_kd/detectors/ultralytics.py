@@ -24,6 +24,7 @@ from ..hooks import FeatureTap, evaluating, tensors_in
 from ..step import Dense, Hidden
 from ..targets import Targets
 from . import rt_detr
+from .given import taken
 from .locations import beside
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
@@ -124,6 +125,12 @@ class UltralyticsDetector(MapsOnly):
             )
         self._criterion = None
         return Seen(look, truth, sampled, assigned if "assigned" in facts else None)
+
+    def parts(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        batch = taken(("x",), args, kwargs)["x"]
+        if isinstance(batch, Tensor):  # of a loop that computes the loss outside of the model
+            return {"img": batch}
+        return {key: batch.get(key) for key in _KEYS} if isinstance(batch, Mapping) else {}
 
     def see(self, images: Any) -> View:
         if isinstance(images, Mapping):

@@ -96,7 +96,7 @@ def trial(
                     f"training loss on this batch, since that of {type(student).__name__} is not "
                     "known here, but got None"
                 )
-            seen = setup.pair.read(setup.tap.read(images), images, targets, setup.facts)
+            seen = setup.pair.read(setup.tap, images, targets, setup.facts)
             with torch.no_grad():
                 looked = setup.pair.look(seen.look.view)
             losses = _copies(setup.losses, lambda some: setup.pass_on(some, seen, looked))

@@ -1,5 +1,6 @@
 """Reading what named modules put out, without touching the model; finding feature pyramids."""
 
+from .calls import Call as Call
 from .discovery import Pyramid as Pyramid
 from .discovery import find_pyramids as find_pyramids
 from .discovery import pyramid_maps as pyramid_maps

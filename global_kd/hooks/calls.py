@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from .maps import tensors_in
-from .record import version_of
+from .record import snapshot, version_of
 
 
 class Call:
-    """The tensors among the arguments of one forward call."""
+    """The arguments of one forward call.
 
-    def __init__(self, arguments: Any) -> None:
-        self._tensors = tensors_in(arguments)
+    Attributes:
+        arguments: Positional and named ones; containers copied, tensors the same ones.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = snapshot((args, kwargs))
+        self._tensors = tensors_in(self.arguments)
         self._versions: list[int | None] = []
 
     def ended(self) -> None:
@@ -27,24 +32,47 @@ class Call:
             return False
         return True if True in verdicts else None
 
+    def same(self, x: Tensor, argument: Tensor) -> bool:
+        """Whether a tensor of an argument's shape holds what the call was given.
+
+        An accelerator waits only where they are not the same tensor. Of another dtype or device:
+        yes, since nothing is known.
+        """
+        if _same_memory(x, argument):
+            return self._untouched(argument)
+        if x.dtype != argument.dtype or x.device != argument.device:
+            return True
+        return torch.equal(x, argument)
+
+    def _untouched(self, argument: Tensor) -> bool:
+        for y, version in zip(self._tensors, self._versions, strict=False):
+            if y is argument:
+                return version is None or version_of(y) == version
+        return True
+
     def _had(self, x: Tensor) -> bool | None:
         alike = [
-            (y, version)
-            for y, version in zip(self._tensors, self._versions, strict=False)
+            y
+            for y in self._tensors
             if y.shape == x.shape and y.dtype == x.dtype and y.device == x.device
         ]
-        for y, version in alike:
+        for y in alike:
             if _same_memory(x, y):
-                return version is None or version_of(y) == version
+                return self._untouched(y)
         if not alike:
             return None
-        return any(torch.equal(x, y) for y, _ in alike)
+        return any(torch.equal(x, y) for y in alike)
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
     if x is y:
         return True
     try:
-        return bool(x.numel()) and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()
+        return (
+            bool(x.numel())
+            and x.data_ptr() == y.data_ptr()
+            and x.stride() == y.stride()
+            and x.dtype == y.dtype
+        )
     except RuntimeError:  # of tensors without storage
         return False

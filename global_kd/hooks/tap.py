@@ -45,7 +45,7 @@ class _Recorder:
         if self.muted or _in_backward():  # checkpointed as a whole, it runs once more
             return
         self.mode, self.recording = model.training, True
-        self.calls[self.mode] = Call((args, kwargs))
+        self.calls[self.mode] = Call(args, kwargs)
         for name in self.names:
             self.records[self.mode][name] = []
 
@@ -196,6 +196,11 @@ class FeatureTap:
         self._finalizer = weakref.finalize(self, detach, touched, handles)
         self._finalizer.atexit = False
 
+    @property
+    def call(self) -> Call | None:
+        """The forward call that the next :meth:`read` is about: what it was given."""
+        return self._recorder.calls[self._mode()]
+
     def saw(self, inputs: Any) -> bool | None:
         """Whether the forward call that the next :meth:`read` is about was given these tensors.
 
@@ -209,8 +214,7 @@ class FeatureTap:
             detector that was given a list, and its batch here). An accelerator waits only where
             tensors of the same shape are not the same tensor.
         """
-        call = self._recorder.calls[self._mode()]
-        return None if call is None else call.had(inputs)
+        return None if self.call is None else self.call.had(inputs)
 
     def read(self, inputs: Any = None) -> dict[str, Any]:
         """What was recorded in the last forward call; the tap forgets it.

@@ -616,3 +616,29 @@ def test_refresh_and_detach():
     assert kd.loss.bank.valid.any() and student.training
     kd.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet", "fcos"])
+def test_another_batch_than_the_students_is_refused(kind):
+    student, teacher = detector(kind), detector(kind, 4)
+    kd = Distiller(student, teacher, gk())
+    images = batch(kind)
+    copies = copy.deepcopy(images)
+    filtered = [{**x, "instances": x["instances"][:1]} for x in images]
+    for given in (
+        images[:2],
+        [*images, images[0]],
+        images[::-1],
+        filtered,
+        batch(kind, seed=5),
+        [],
+    ):
+        step(student, (images,))
+        with pytest.raises(ValueError, match="^images"):
+            kd(given)
+    step(student, (images,))
+    assert kd(copies)
+    step(student, (images,))
+    images[0]["instances"].gt_boxes.tensor.add_(1)
+    with pytest.raises(ValueError, match="written in place"):
+        kd(images)

@@ -270,3 +270,25 @@ def test_images_of_other_channels(channels):
     assert reader.example().images.shape[1] == channels
     assert len(reader.look(reader.example()).maps) == 2
     assert reader.pixels.convert(torch.rand(1, channels, 4, 4), Pixels(scale=255)).isfinite().all()
+
+
+def test_another_batch_than_the_students_is_refused():
+    student, teacher = Detector(4).train(), Detector(8)
+    kd = Distiller(student, teacher, small_loss(2, logits=0))
+    batch = student.data_preprocessor(data(), True)
+    images, samples = batch["inputs"], batch["data_samples"]
+    moved = copy.deepcopy(samples)
+    moved[1].gt_instances.bboxes.tensor += 1
+    for given in (
+        (images, samples[:1]),
+        (images, samples[::-1]),
+        (images.flip(0), samples),
+        (images[:1], samples[:1]),
+        (images, moved),
+        (images, [*samples, samples[0]]),
+    ):
+        student(images, samples, mode="loss")
+        with pytest.raises(ValueError, match="^(images|targets)"):
+            kd(*given)
+    student(inputs=images, data_samples=samples, mode="loss")
+    assert kd(images.clone(), copy.deepcopy(samples))

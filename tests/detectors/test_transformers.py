@@ -508,3 +508,32 @@ def test_the_loop_of_the_page_runs():
     exec(page_blocks()[1], names)
     assert set(names["terms"]) == {"kd_foreground", "kd_background", "kd_logits"}
     assert any(not torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "detr", "yolos"])
+def test_another_batch_than_the_students_is_refused(name):
+    student, batch = detector(name).train(), batch_of(name)
+    kd = Distiller(student, detector(name), gk(logits=0))
+    labels = batch["labels"]
+    fewer = [{**x, "boxes": x["boxes"][:1], "class_labels": x["class_labels"][:1]} for x in labels]
+    for changed in (
+        {"labels": labels[:2]},
+        {"labels": [*labels, labels[0]]},
+        {"labels": labels[::-1]},
+        {"labels": fewer},
+        {"pixel_values": batch["pixel_values"].flip(0)},
+        {"pixel_values": batch["pixel_values"][:2], "labels": labels[:2]},
+        {"pixel_values": batch["pixel_values"][:, :, :64]},
+    ):
+        student(**batch)
+        with pytest.raises(ValueError, match="^(images|labels|pixel_values)"):
+            kd({**batch, **changed})
+    student(**batch)
+    assert kd(dict(batch))
+
+
+def test_fewer_labels_than_images_are_refused_in_a_pass():
+    kd = Distiller(detector("rt_detr"), detector("rt_detr"), gk(logits=0))
+    batch = batch_of("rt_detr")
+    with pytest.raises(ValueError, match="labels: expected 3 entries"):
+        kd.refresh([{**batch, "labels": batch["labels"][:2]}], progress=False)

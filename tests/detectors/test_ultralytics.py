@@ -481,3 +481,30 @@ def loads_alone(checkpoint):
         "student.predict(numpy.zeros((64, 64, 3), dtype='uint8'), imgsz=64, verbose=False)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=checkpoint.parent, timeout=300)
+
+
+def test_another_batch_than_the_students_is_refused():
+    student, teacher = model("yolov8n.yaml"), model("yolo11n.yaml")
+    kd = Distiller(student, teacher, gk())
+    images = batch(scenes(), side=96)
+    half = {"img": images["img"][:1], **{k: images[k] for k in ("cls", "bboxes", "batch_idx")}}
+    parts = [{key: images[key] * 0.5} for key in ("img", "cls", "bboxes", "batch_idx")]
+    order, strangers = images["img"].flip(0), images["batch_idx"] + 2
+    for changed in (half, {"img": order}, {"batch_idx": strangers}, *parts):
+        step(student, (images,))
+        with pytest.raises(ValueError, match="^(img|cls|bboxes|batch_idx|images)"):
+            kd({**images, **changed})
+    step(student, (images,))
+    assert kd({key: x.clone() for key, x in images.items()})
+
+
+def test_boxes_of_images_that_there_are_not():
+    """A loop that computes the loss outside of the model: only the images were given to it."""
+    student, teacher = model("yolov8n.yaml"), model("yolo11n.yaml")
+    kd = Distiller(student, teacher, gk(logits=0))
+    images = batch(scenes(), side=96)
+    student(images["img"])
+    assert kd(images)
+    student(images["img"])
+    with pytest.raises(ValueError, match="targets: expected boxes of the 4 images"):
+        kd({**images, "batch_idx": images["batch_idx"] + 4})
