@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from . import _check, arguments
 from .detectors import Look, Pixels, ReadHead, Seen, reader
-from .doctor import Calibration, HeldShares, Report, Setup, calibrate, examine
-from .hooks import FeatureTap, evaluating, set_mode, sharded_modules
+from .doctor import Alarm, Calibration, HeldShares, Report, Setup, calibrate, examine
+from .hooks import FeatureTap, evaluating, sharded_modules
 from .losses.base import DistillLoss, Levels
-from .pair import Pair
+from .pair import Observed, Pair
 from .prototypes.bank import PrototypeBank
 from .prototypes.passes import Passes, first_batches
 from .step import FACTS, Step
@@ -159,6 +159,7 @@ class Distiller(nn.Module):
         self._calls = 0
         self._held = HeldShares()
         self._told_of_gradients = False
+        self._alarm = Alarm()
 
     @property
     def _keeper(self) -> DistillLoss | None:
@@ -199,17 +200,19 @@ class Distiller(nn.Module):
         if not active:
             self._tap.clear()
             return {}
-        set_mode(self._models[1], False)
-        facts = self._facts_of(active)
-        seen = self._pair.read(self._tap, images, targets, facts)
-        if self.training and self._held.due(dict(self._each())):
-            self._held.hold(self._setup(), images, targets)
-        with torch.no_grad():
-            looked = self._pair.look(seen.look.view)
-        if self._calls == 0:
-            self._check_values(seen, looked)
-        self._watch_gradients(seen.look.maps)
-        terms = self._pass_on(dict(self._each()), seen, looked)
+        facts, call = self._facts_of(active), self._tap.call
+        with self._pair.teaching():
+            seen = self._pair.read(self._tap, images, targets, facts)
+            if self.training and self._held.due(dict(self._each())):
+                self._held.hold(self._setup(), images, targets)
+            with torch.no_grad():
+                looked = self._pair.look(seen.look.view)
+            if self._calls == 0:
+                self._check_values(seen, looked)
+            self._watch_gradients(seen.look.maps)
+            terms = self._pass_on(dict(self._each()), seen, looked)
+        if self.training:
+            self._alarm.hear(terms, None if call is None else call.loss)
         if self._calls == 0 and not terms:
             warnings.warn(f"Distiller: {self.nothing_distilled()}", stacklevel=2)
         self._watch_adapters()
@@ -244,9 +247,9 @@ class Distiller(nn.Module):
         active = {name: loss for name, loss in self._each() if loss.active}
         if not active:
             return {}
-        set_mode(self._models[1], False)
         facts = self._wanted - _OF_TRUTH - {"proposals"}
-        step = self._pair.unlabelled(images, facts)
+        with self._pair.teaching():
+            step = self._pair.unlabelled(images, facts)
         terms: dict[str, Tensor] = {}
         for name, loss in active.items():
             terms |= loss(step.student, step.teacher, None, **self._given(step, name))
@@ -541,8 +544,8 @@ class Distiller(nn.Module):
         Every image is read once, in eval mode. Where targets have ids, the teacher's rows of the
         sample are kept, at most ``num_classes * max_instances`` rows of ``L * Ct`` float32 numbers
         in main memory; later passes take the same sample and run the student alone. That needs a
-        loader without random augmentation: the first batch is compared, and if the teacher sees
-        something else now, or an instance is new, it runs again.
+        loader without random augmentation: every instance is compared, its box and its colours,
+        and where one looks otherwise now, or is new, the teacher runs again.
 
         Rows collected from the training stream so far are dropped, and so are prototypes in the
         bank that are not this teacher's. Collective under ``torch.distributed``: each rank reads
@@ -593,32 +596,18 @@ class Distiller(nn.Module):
             )
         return self._passes
 
-    def _observe(self, images: Any, targets: Any) -> _Observed:
-        return _Observed(self._pair, self._pair.student.observe(images, targets))
+    def _observe(self, images: Any, targets: Any) -> Observed:
+        return self._pair.observe(images, targets)
 
     def detach(self) -> None:
         """Take all hooks off both detectors; nothing else was changed."""
         if isinstance(self._pair, arguments.Gone):
             return
         self._tap.remove()
-        self._pair.student.detach()
-        self._pair.teacher.detach()
+        self._pair.detach()
         arguments.disown(self.losses.values())
         vars(self).update(arguments.gone("one after detach()"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep what the losses own; detectors and hooks stay with this one."""
         return vars(self) | arguments.gone("a copy of one")
-
-
-class _Observed:
-    """A batch of a loader as the student sees it in eval mode, and the teacher if need be."""
-
-    def __init__(self, pair: Pair, seen: Seen) -> None:
-        self._pair, self._seen = pair, seen
-        self.truth: Targets = seen.truth
-        self.student = [seen.look.maps[i] for i in pair.levels[0]]
-
-    def both(self) -> tuple[list[Tensor], list[Tensor]]:
-        look = self._seen.look
-        return self._pair.maps(look, self._pair.look(look.view))

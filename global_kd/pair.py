@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from .hooks import (
     frozen,
     infer_strides,
     keeping_statistics,
+    quiet,
     sharded_modules,
 )
 from .ops.boxes import pairwise_iou
@@ -48,6 +51,9 @@ _ALONE = {  # facts that one side gives by itself
 }
 
 
+_PAIRS: weakref.WeakSet[Pair] = weakref.WeakSet()  # those that are not detached
+
+
 class Pair:
     """A student's and a teacher's reader.
 
@@ -69,6 +75,7 @@ class Pair:
     ) -> None:
         self.moving = moving
         self.student, self.teacher, self.models, self.scale = student, teacher, models, scale
+        _PAIRS.add(self)
         seen, looked = self._dry_run()
         self.strides = _strides(seen), [stride / scale for stride in _strides(looked)]
         pairs = pair_levels(*self.strides)
@@ -89,6 +96,33 @@ class Pair:
                 module.reshard()
             with evaluating(self.models[1]):
                 return seen, self.look(seen.view)
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Context of a step: the teacher is in eval mode.
+
+        One that is another pair's student goes on training afterwards: its modes are put back, and
+        no tap takes what it is asked here for its training forward.
+        """
+        teacher = self.models[1]
+        if not any(pair.models[0] is teacher for pair in _PAIRS):
+            teacher.eval()
+            yield
+            return
+        modes = [(module, module.training) for module in teacher.modules()]
+        teacher.eval()
+        try:
+            with quiet(teacher):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def detach(self) -> None:
+        """Take off the readers' hooks."""
+        _PAIRS.discard(self)
+        self.student.detach()
+        self.teacher.detach()
 
     def look(self, view: View) -> Look:
         """The teacher's maps of what the student saw."""
@@ -200,6 +234,10 @@ class Pair:
         step = Step(student, teacher, strides, seen.truth, positives=self._positives(seen, looked))
         return replace(step, **self._facts(seen, looked, facts))
 
+    def observe(self, images: Any, targets: Any) -> Observed:
+        """A batch of a loader, with the student in the mode that it is in."""
+        return Observed(self, self.student.observe(images, targets))
+
     def unlabelled(self, images: Any, facts: frozenset[str]) -> Step:
         """Both detectors on images without ground truth, as far as the facts ask for it.
 
@@ -284,6 +322,28 @@ class Pair:
         if self.scale != 1:
             parts.append(f"scale {self.scale:g}")
         return ", ".join(parts)
+
+
+class Observed:
+    """A batch of a loader as the student sees it in eval mode, and the teacher if need be.
+
+    Attributes:
+        truth: Its ground truth.
+        images: What the student's network was given.
+        student: The student's maps on the paired levels, uncut.
+    """
+
+    def __init__(self, pair: Pair, seen: Seen) -> None:
+        refuse_strangers(seen.truth, len(seen.look.maps[0]))
+        self._pair, self._seen = pair, seen
+        self.truth: Targets = seen.truth
+        self.images: Any = seen.look.view.images
+        self.student = [seen.look.maps[i] for i in pair.levels[0]]
+
+    def both(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps of student and teacher on one grid; runs the teacher."""
+        look = self._seen.look
+        return self._pair.maps(look, self._pair.look(look.view))
 
 
 class _Head:

@@ -1,5 +1,6 @@
 """What one step tells about a distillation set-up, before the first epoch."""
 
+from .alarm import Alarm as Alarm
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
 from .examine import examine as examine

@@ -84,7 +84,7 @@ def trial(
         ValueError: It is not.
     """
     student, teacher = setup.pair.models
-    with untouched(student, teacher):
+    with untouched(student, teacher), setup.tap.aside():
         student.train()
         wait_for_no_rank(student)
         set_mode(teacher, False)

@@ -1,5 +1,6 @@
 """What a model was called with: to know its last call again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ class Call:
 
     Attributes:
         arguments: Positional and named ones; containers copied, tensors the same ones.
+        loss: What a training forward put out as its own loss, a scalar without graph, if it did.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = snapshot((args, kwargs))
         self._tensors = tensors_in(self.arguments)
         self._versions: list[int | None] = []
+        self.loss: Tensor | None = None
 
-    def ended(self) -> None:
+    def ended(self, output: Any = None) -> None:
         """The forward is over; what it wrote into its own arguments does not count."""
+        if not torch.compiler.is_compiling():
+            self.loss = loss_in(output)
         self._versions = [version_of(x) for x in self._tensors]
 
     def had(self, value: Any) -> bool | None:
@@ -62,6 +67,23 @@ class Call:
         if not alike:
             return None
         return any(torch.equal(x, y) for y in alike)
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss that a detector's training forward puts out, without its graph.
+
+    An entry ``"loss"`` (transformers), else all scalars with a gradient in a dictionary
+    (torchvision, Detectron2, MMDetection), a first vector of losses (Ultralytics), a scalar.
+    """
+    if isinstance(output, Mapping):
+        whole = output.get("loss")
+        found = [whole] if isinstance(whole, Tensor) else tensors_in(list(output.values()))
+    elif isinstance(output, (tuple, list)):
+        found = [x for x in output[:1] if isinstance(x, Tensor) and x.dim() < 2]
+    else:
+        found = [output] if isinstance(output, Tensor) else []
+    found = [x.detach().float().sum() for x in found if x.requires_grad and x.dim() < 2]
+    return torch.stack(found).sum() if found else None
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:

@@ -54,7 +54,7 @@ class _Recorder:
             return
         self.recording = False
         if (call := self.calls[self.mode]) is not None:
-            call.ended()
+            call.ended(output if self.mode else None)
         if output is None:  # it broke off
             return
         if self.mode:
@@ -254,6 +254,20 @@ class FeatureTap:
         """Forget what was recorded: a forward that is not to be read."""
         self._recorder.forget()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Context in which other forwards are recorded and read; then the present records are back.
+
+        A training forward that still waits to be read is not lost to a look in between.
+        """
+        recorder = self._recorder
+        kept = recorder.records, recorder.calls, recorder.trained, recorder.trained_again
+        recorder.forget()
+        try:
+            yield
+        finally:
+            recorder.records, recorder.calls, recorder.trained, recorder.trained_again = kept
+
     def run(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run the model only until every tap has fired, and read.
 
@@ -266,6 +280,7 @@ class FeatureTap:
             raise ValueError("tap: expected an attached tap, but it was removed")
         recorder = self._recorder
         trained = recorder.trained, recorder.trained_again
+        muted, recorder.muted = recorder.muted, 0  # this tap's own look is what is wanted
         recorder.stopping = not sharded_modules(self._model)
         mode = self._model.training
         try:
@@ -274,7 +289,7 @@ class FeatureTap:
         except _Enough:
             pass
         finally:
-            recorder.recording = False
+            recorder.recording, recorder.muted = False, muted
             recorder.trained, recorder.trained_again = trained
             found = recorder.records[mode]
             recorder.records[mode] = {name: [] for name in self.paths}

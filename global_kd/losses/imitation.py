@@ -7,6 +7,7 @@ from .. import _check
 from ..ops.imitation import imitation
 
 NORMALIZERS = ("weights", "cells")
+LARGEST = 10.0  # a standardised term, per level
 _CONSTANT = 1e-5  # a map whose variance is below this many squared means is one constant, rounded
 
 
@@ -22,6 +23,23 @@ def scale_of(teacher: Tensor) -> Tensor:
     between, whole = torch.var_mean(mean, correction=0)
     variance = (square - mean.square()).mean() + between
     return torch.where(variance > _CONSTANT * whole.square(), variance, 1)
+
+
+def standardized(terms: Tensor, teacher: Tensor) -> Tensor:
+    """Foreground and background of a level in units of the variance of the teacher's map.
+
+    The variance is floored against the student's error: at a tenth of the larger of the two terms.
+    So neither exceeds 10, whatever the teacher (one of random weights may put out maps of a
+    variance of 1e-17), and their gradient is then that of ``10 log(term)``. Pairs of trained
+    detectors stay far below: on the digit scenes the terms of the example's teacher and a fresh
+    student are below 1 per level from the first step on.
+
+    Args:
+        terms: ``(2,)``, at unit weights.
+        teacher: ``(B, C, H, W)``.
+    """
+    largest = terms.detach().amax()
+    return terms / torch.maximum(scale_of(teacher), largest / LARGEST)
 
 
 def imitation_loss(

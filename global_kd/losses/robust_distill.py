@@ -16,7 +16,7 @@ from ..prototypes.bank import PrototypeBank
 from ..pyramid import check_pyramids
 from ..robust import AGREEMENTS, robust_weights
 from ..targets import Targets
-from .imitation import NORMALIZERS, scale_of
+from .imitation import NORMALIZERS, standardized
 from .logits import ACTIVATIONS, CLASS_REDUCTIONS, logit_loss
 
 WEIGHTS = ("omega", "confidence")
@@ -121,7 +121,8 @@ class RobustDistillLoss(nn.Module):
         finest_scale: Box side in pixels of the network input up to whose double a box lies on the
             first level; ``None`` is 14 cells of it (56 pixels at stride 4).
         standardize: Divide squared errors by the variance of the teacher's map, per level and
-            batch, so that weights mean the same for every teacher (the released code does not).
+            batch, so that weights mean the same for every teacher (the released code does not);
+            of a teacher that hardly varies so that no term is above 10 per level.
         relation_options: How relations, and the cosines behind omega, are taken.
         label_options: How soft labels are taken.
     """
@@ -388,7 +389,7 @@ class RobustDistillLoss(nn.Module):
                 )
             )
             if self.standardize:
-                both = both / scale_of(t.to(both.dtype))
+                both = standardized(both, t.to(both.dtype))
             sums.append(both)
         foreground, background = torch.stack(sums).mean(dim=0).unbind()
         return foreground, background

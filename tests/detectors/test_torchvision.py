@@ -474,9 +474,10 @@ def test_what_does_not_fit_is_named():
     student.train()
     few = GlobalKnowledgeLoss(2, total_steps=9)
     kd = Distiller(student, detector("faster_rcnn"), few)
-    student(images, [dict(t, labels=t["labels"].clamp(min=3)) for t in targets])
+    above = [dict(t, labels=t["labels"].clamp(min=3)) for t in targets]
+    student(images, above)
     with pytest.raises(ValueError, match="labels: expected values below 2, but got 3"):
-        kd(images, targets)
+        kd(images, above)
     with pytest.raises(ValueError, match="boxes: expected one of 'proposals', 'ground_truth'"):
         Distiller(student, student, gk(boxes="anchors"))
     with pytest.raises(ValueError, match="Conv2d is not a detector of a framework known here"):

@@ -298,3 +298,34 @@ def test_one_of_several_ranks_looks_alone(monkeypatch):
 def test_switching_everything_off_is_no_mistake():
     _, _, kd = home_made(foreground=0, background=0, relation=0, logits=0)
     assert not problems(kd)
+
+
+@pytest.mark.parametrize("look", ["check", "calibrate"])
+@pytest.mark.parametrize("kind", ["faster_rcnn", "fcos", "home-made"])
+def test_a_look_between_the_forward_and_kd_drops_nothing(look, kind):
+    """Neither the record nor, with batch norm in the student, its backward."""
+
+    def run(looking):
+        torch.manual_seed(0)
+        if kind == "home-made":
+            (student, _, kd), batch = home_made(), (IMAGES, TARGETS)
+            detection_loss = lambda model: sum(x.square().mean() for x in model(IMAGES))  # noqa: E731
+            own = student(IMAGES)[0].square().mean()
+        else:
+            student, batch, detection_loss = detector(kind, 8), scenes(), None
+            student.backbone.down[0] = nn.Sequential(
+                student.backbone.down[0], nn.BatchNorm2d(student.backbone.out_channels)
+            )
+            kd = Distiller(student, detector(kind, 12), gk())
+            own = sum(student(*batch).values())
+        if looking:
+            getattr(kd, look)(*batch, detection_loss=detection_loss, verbose=False)
+        terms = kd(*batch)
+        (own + sum(terms.values())).backward()
+        return terms, [p.grad for p in student.parameters()]
+
+    (terms, gradients), (others, same) = run(looking=False), run(looking=True)
+    if look == "check":
+        assert all(torch.equal(x, others[name]) for name, x in terms.items())
+        assert all(a is b or torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert others.keys() == terms.keys()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import global_kd.functional as F
-from global_kd.losses.imitation import scale_of
+from global_kd.losses.imitation import LARGEST, scale_of, standardized
 from global_kd.ops.dispatch import force
 from global_kd.ops.imitation import imitation_terms
 from tests import oracles
@@ -383,6 +383,29 @@ def test_the_scale_of_a_map_is_its_variance(shape, offset, dtype):
 def test_a_constant_map_has_scale_one(value, shape):
     """Though its mean is rounded."""
     assert scale_of(torch.full(shape, value)) == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-17, 1e-9, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("mean", [0.0, 1.0, -300.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_no_teacher_makes_a_standardised_term_explode(spread, mean, size):
+    """Divided by its variance as long as both terms are up to 10, then by a tenth of them."""
+    g = torch.Generator().manual_seed(0)
+    teacher = mean + spread * torch.randn(2, 3, 8, 8, generator=g)
+    terms = (size * torch.tensor([1.0, 0.25])).requires_grad_()
+    value = standardized(terms, teacher)
+    scale = max(float(scale_of(teacher)), size / LARGEST)
+    torch.testing.assert_close(value, terms / scale)
+    assert value.amax() <= LARGEST * (1 + 1e-6)
+    (gradient,) = torch.autograd.grad(value.sum(), terms)
+    torch.testing.assert_close(gradient, torch.full((2,), 1 / scale))
+
+
+def test_a_zero_error_of_a_constant_teacher_is_zero():
+    terms = torch.zeros(2, requires_grad=True)
+    value = standardized(terms, torch.zeros(1, 2, 3, 3))
+    value.sum().backward()
+    assert value.tolist() == [0.0, 0.0] and terms.grad.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

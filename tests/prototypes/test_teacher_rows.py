@@ -145,6 +145,30 @@ def test_an_image_that_looks_otherwise_is_noticed_wherever_it_comes(mirrored):
     assert same(kd.loss.bank, fresh.loss.bank)
 
 
+@pytest.mark.parametrize("change", ["darker", "other channels", "mirrored inside"])
+def test_other_colours_in_the_same_boxes_are_noticed(change):
+    """The boxes tell nothing of it; what the student's network is given does."""
+    loader = [batch(n) for n in range(BATCHES)]
+    images, targets = loader[3]
+    if change == "darker":
+        images = images * 0.9
+    elif change == "other channels":
+        images = images.flip(1)
+    else:  # one box, whose halves change places
+        x1, y1, x2, y2 = targets[0]["boxes"][0].round().int().tolist()
+        images = images.clone()
+        images[..., y1:y2, x1:x2] = images[..., y1:y2, x1:x2].flip(3)
+    second = [*loader]
+    second[3] = images, targets
+    (kd, _, _, looks), (fresh, *_) = (distiller(max_instances=800) for _ in range(2))
+    kd.refresh(loader, progress=False)
+    with pytest.warns(UserWarning, match="batch 3 otherwise than in the last pass"):
+        kd.refresh(second, progress=False)
+    assert len(looks) == BATCHES + 2
+    fresh.refresh(second, progress=False)
+    assert same(kd.loss.bank, fresh.loss.bank)
+
+
 def test_random_flips_never_go_unnoticed():
     g = torch.Generator().manual_seed(0)
 
