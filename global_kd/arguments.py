@@ -45,7 +45,7 @@ class Gone:
 
 def gone(why: str) -> dict[str, Any]:
     """In place of all that a Distiller has on its detectors."""
-    return dict.fromkeys(("_models", "_pair", "_tap", "_passes"), Gone(why))
+    return dict.fromkeys(("_models", "_pair", "_tap", "_passes", "_watch"), Gone(why))
 
 
 # Detectors --------------------------------------------------------------------------------------

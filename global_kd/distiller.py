@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from . import _check, arguments
 from .detectors import Look, Pixels, ReadHead, Seen, reader
-from .doctor import Alarm, Calibration, HeldShares, Report, Setup, calibrate, examine
+from .doctor import (
+    Alarm,
+    Calibration,
+    FindObjects,
+    HeldShares,
+    Report,
+    Setup,
+    Watch,
+    calibrate,
+    examine,
+)
 from .hooks import FeatureTap, evaluating, sharded_modules
 from .losses.base import DistillLoss, Levels
 from .pair import Observed, Pair
@@ -22,7 +32,6 @@ from .prototypes.passes import Passes, first_batches
 from .step import FACTS, Step
 from .targets import Targets
 
-_STEPS_UNTIL_WARNING = 64
 # Facts that tell of ground truth.
 _OF_TRUTH = frozenset({"targets", "positives", "assigned", "regions", "teacher_regions", "omega"})
 # The field of a step that holds a fact.
@@ -155,11 +164,8 @@ class Distiller(nn.Module):
             self._passes = Passes(keeper.generator, bank, strides, refresh, moving=moving)
         self._wanted = frozenset[str]().union(*self._facts.values())
         self._tap = FeatureTap(student, self._pair.taps(self._wanted), inputs=mine.inputs)
-        self._adapter_versions: dict[str, int] = {}
-        self._calls = 0
         self._held = HeldShares()
-        self._told_of_gradients = False
-        self._alarm = Alarm()
+        self._alarm, self._watch = Alarm(), Watch(self._models[0], named, [*mine.taps.values()])
 
     @property
     def _keeper(self) -> DistillLoss | None:
@@ -207,15 +213,16 @@ class Distiller(nn.Module):
                 self._held.hold(self._setup(), images, targets)
             with torch.no_grad():
                 looked = self._pair.look(seen.look.view)
-            if self._calls == 0:
+            if self._watch.steps == 0:
                 self._check_values(seen, looked)
-            self._watch_gradients(seen.look.maps)
+            if self.training:
+                self._watch.gradients(seen.look.maps)
             terms = self._pass_on(dict(self._each()), seen, looked)
+        if self._watch.steps == 0 and not terms:
+            warnings.warn(f"Distiller: {self.nothing_distilled()}", stacklevel=2)
         if self.training:
             self._alarm.hear(terms, None if call is None else call.loss)
-        if self._calls == 0 and not terms:
-            warnings.warn(f"Distiller: {self.nothing_distilled()}", stacklevel=2)
-        self._watch_adapters()
+            self._watch.step()
         return terms
 
     def distil(self, images: Any) -> dict[str, Tensor]:
@@ -253,7 +260,8 @@ class Distiller(nn.Module):
         terms: dict[str, Tensor] = {}
         for name, loss in active.items():
             terms |= loss(step.student, step.teacher, None, **self._given(step, name))
-        self._watch_adapters()
+        if self.training:
+            self._watch.step()
         return terms
 
     def _each(self) -> list[tuple[str, DistillLoss]]:
@@ -335,39 +343,6 @@ class Distiller(nn.Module):
         if self.training and self._passes and keeper is not None and keeper.uses_prototypes:
             self._passes.sign(self._pair.signature())
 
-    def _watch_gradients(self, maps: Sequence[Tensor]) -> None:
-        """Once: terms from which the student learns nothing."""
-        if self._told_of_gradients or not (self.training and torch.is_grad_enabled()):
-            return
-        if any(x.requires_grad for x in maps):
-            return
-        if not any(loss.uses_maps for loss in self.losses.values()):
-            return
-        if not any(p.requires_grad for p in self._models[0].parameters()):
-            return
-        self._told_of_gradients = True
-        warnings.warn(
-            "Distiller: the student's feature maps carry no gradient, so imitation and relation "
-            "teach it nothing. Run its training forward outside torch.no_grad(), and checkpoint "
-            f"what puts out {', '.join(self._pair.student.taps.values())} with "
-            "use_reentrant=False. If these layers are frozen on purpose, ignore this",
-            stacklevel=3,
-        )
-
-    def _watch_adapters(self) -> None:
-        self._calls += self.training
-        if self._calls not in (1, _STEPS_UNTIL_WARNING):
-            return
-        versions = {n: p._version for n, p in self.losses.named_parameters()}
-        if self._calls == 1:
-            self._adapter_versions = versions
-        elif versions and versions == self._adapter_versions:
-            warnings.warn(
-                f"Distiller: the adapters were not updated in {self._calls} steps; give "
-                "kd.parameters() to the optimizer beside student.parameters()",
-                stacklevel=3,
-            )
-
     def check(
         self,
         images: Any,
@@ -375,6 +350,7 @@ class Distiller(nn.Module):
         *,
         optimizer: torch.optim.Optimizer | None = None,
         detection_loss: Callable[[nn.Module], Tensor] | None = None,
+        detections: FindObjects | None = None,
         verbose: bool = True,
     ) -> Report:
         """The doctor before the first epoch: one step on a batch, looked at from all sides.
@@ -390,6 +366,8 @@ class Distiller(nn.Module):
             optimizer: The one that will train; without it that part is left out.
             detection_loss: For detectors of no known framework: ``model -> scalar``, the detector's
                 own training loss on this batch. Called with the student, and with the teacher.
+            detections: Likewise, ``teacher -> [{"boxes", "scores", "labels"}, ...]``: what it finds
+                in the images of this batch, in their pixels, one dictionary per image.
             verbose: Print the report.
 
         Example:
@@ -402,6 +380,7 @@ class Distiller(nn.Module):
             nothing_distilled=self.nothing_distilled,
             optimizer=optimizer,
             detection_loss=detection_loss,
+            detections=detections,
         )
         if verbose:
             print(report)

@@ -1,11 +1,16 @@
 """The Distiller on detectors of no framework: two modules, boxes in pixels of the images."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
 from global_kd.prototypes.passes import batch_arguments
+from tests.small_loss import small_loss
+
+from .detectors.detectors import detector, scenes
 
 
 class Detector(nn.Module):
@@ -225,3 +230,48 @@ def test_batches_of_a_loader_go_to_the_models_device():
     assert image.device.type == target["boxes"].device.type == "meta" and target["name"] == "a"
     packed = Targets.from_list(BOXES)
     assert batch_arguments((IMAGES, packed), torch.device("meta"))[1].labels.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["home-made", "retinanet", "faster_rcnn"])
+def test_a_student_whose_parameters_are_all_frozen_is_told_at_the_first_step(kind):
+    """The adapters give the terms a graph, so torch itself complains no more."""
+    if kind == "home-made":
+        student, _, kd = make()
+        batch, call = (IMAGES, BOXES), (IMAGES,)
+        kd.loss.refresh_every = None
+    else:
+        student, batch = detector(kind, 4).train(), scenes()
+        kd, call = Distiller(student, detector(kind, 8), small_loss(4)), batch
+    student.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no parameter of the student requires a grad") as told:
+        for _ in range(3):
+            student(*call)
+            kd(*batch)
+    assert len([x for x in told if "no parameter" in str(x.message)]) == 1
+
+
+def test_a_student_that_is_in_no_optimizer_is_told():
+    student, _, kd = make()
+    kd.loss.refresh_every, kd.loss.total_steps = None, 100
+    optimizer = torch.optim.SGD(kd.parameters(), lr=0.01)
+    with pytest.warns(UserWarning, match="the student was not updated in 64 steps"):
+        for _ in range(66):
+            student(IMAGES)
+            optimizer.zero_grad()
+            sum(kd(IMAGES, BOXES).values()).backward()
+            optimizer.step()
+
+
+def test_frozen_layers_of_a_student_that_learns_are_nothing_to_tell():
+    student, _, kd = make()
+    student.body.stem.requires_grad_(False)
+    kd.loss.refresh_every, kd.loss.total_steps = None, 100
+    learning = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([*learning, *kd.parameters()], lr=0.001)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(66):
+            student(IMAGES)
+            optimizer.zero_grad()
+            sum(kd(IMAGES, BOXES).values()).backward()
+            optimizer.step()

@@ -21,7 +21,7 @@ from ..step import Dense, RegionOutputs, shared_locations
 from ..targets import Targets
 from .detectron2_batch import ground_truth, image_list, is_batch, pack, tensors_of
 from .detectron2_heads import BoxHead, DenseHead, in_full_precision, matched
-from .given import taken
+from .given import taken, unpacked
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -226,6 +226,24 @@ class Detectron2Detector(MapsOnly):
 
         with nullcontext() if has_event_storage() else EventStorage():
             terms: dict[str, Tensor] = self.model(images)
+        return torch.stack([x.float() for x in terms.values()]).sum()
+
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        from detectron2.structures import Boxes, Instances
+        from detectron2.utils.events import EventStorage, has_event_storage
+
+        images = image_list(View(fitting(view.images, self.model), view.sizes))
+        batch = []
+        for one, size in zip(unpacked(truth, len(view.images)), images.image_sizes, strict=True):
+            boxes = Boxes(one["boxes"])
+            instances = Instances(size, gt_boxes=boxes, gt_classes=one["labels"])
+            batch.append({"image": view.images[len(batch)], "instances": instances})
+        self.model.preprocess_image = lambda _: images  # they are preprocessed
+        try:
+            with nullcontext() if has_event_storage() else EventStorage():
+                terms: dict[str, Tensor] = self.model(batch)
+        finally:
+            del self.model.preprocess_image
         return torch.stack([x.float() for x in terms.values()]).sum()
 
     @torch.no_grad()

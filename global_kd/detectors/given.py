@@ -88,6 +88,12 @@ def one_each(targets: Sequence[Any], images: int, name: str = "targets") -> None
         )
 
 
+def unpacked(truth: Targets, images: int) -> list[dict[str, Tensor]]:
+    """One dictionary of ``boxes`` and ``labels`` per image."""
+    masks = [truth.image_index == i for i in range(images)]
+    return [{"boxes": truth.boxes[mask], "labels": truth.labels[mask]} for mask in masks]
+
+
 def taken(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of a forward's parameters; ``None`` where one was not given."""
     found = dict(zip(names, args, strict=False))

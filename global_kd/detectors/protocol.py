@@ -183,6 +183,12 @@ class Detector(Protocol):
         The call that a user's training loop makes: all taps fire.
         """
 
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        """The same on a view with boxes in its pixels, in the mode that the model is in.
+
+        ``None``: unknown, or the losses need more than boxes.
+        """
+
     def detections(self, view: View) -> list[Detections] | None:
         """What the detector finds in eval mode, one entry per image; ``None``: unknown."""
 
@@ -211,6 +217,10 @@ class MapsOnly:
     def as_call(self, images: Any, targets: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Images and targets, or a batch that holds both."""
         return ((images,) if targets is None else (images, targets)), {}
+
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        """Unknown."""
+        return None
 
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         """Not given."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..hooks import evaluating, feature_maps
 from ..step import Dense, Hidden, RegionOutputs, shared_locations
 from ..targets import Targets
-from .given import one_each, taken
+from .given import one_each, taken, unpacked
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 from .torchvision_dense import DenseHead, family, firsts
-from .torchvision_forward import detect, sizes_of
+from .torchvision_forward import detect, own_losses, sizes_of
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
 
@@ -211,6 +211,12 @@ class TorchvisionDetector(MapsOnly):
                 return None
         terms: dict[str, Tensor] = self.model(list(images), list(targets))
         return torch.stack([x.float() for x in terms.values()]).sum()
+
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        heads = getattr(self.model, "roi_heads", None)
+        if any(getattr(heads, f"{x}_head", None) is not None for x in ("mask", "keypoint")):
+            return None
+        return own_losses(self.model, view, unpacked(truth, len(view.images)))
 
     def detections(self, view: View) -> list[Detections] | None:
         found = detect(self.model, view)

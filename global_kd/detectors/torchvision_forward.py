@@ -46,6 +46,14 @@ def detect(model: Any, view: View) -> list[dict[str, Tensor]]:
         return found
 
 
+def own_losses(model: Any, view: View, targets: list[dict[str, Tensor]]) -> Tensor:
+    """Sum of a model's training losses in train mode, boxes in pixels of the view."""
+    with _boxes_in_full(model):
+        stand_in = _InNetworkPixels(model, view)
+        terms: dict[str, Tensor] = type(model).forward(stand_in, list(view.images), targets)
+    return torch.stack([x.float() for x in terms.values()]).sum()
+
+
 def sizes_of(view: View) -> list[tuple[int, int]]:
     """``(height, width)`` of each image without its padding."""
     sizes = [view.size] * len(view.images) if view.sizes is None else view.sizes

@@ -20,7 +20,7 @@ from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
 from ..step import Dense, Queries
 from ..targets import Targets
 from . import lw_detr, rt_detr
-from .given import one_each, taken
+from .given import one_each, taken, unpacked
 from .pixels import IMAGENET, Pixels, View
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -222,6 +222,22 @@ class TransformersDetector(MapsOnly):
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
         loss: Tensor = self.model(**images).loss
+        return loss
+
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        sizes = [view.size] * len(view.images) if view.sizes is None else view.sizes
+        labels = []
+        for one, (height, width) in zip(unpacked(truth, len(view.images)), sizes, strict=True):
+            low, high = one["boxes"].chunk(2, dim=1)
+            boxes = torch.cat([(low + high) / 2, high - low], dim=1)
+            whole = boxes.new_tensor([float(width), float(height)]).repeat(2)
+            labels.append({"class_labels": one["labels"], "boxes": boxes / whole})
+        if not self._family.masked:  # relative to the canvas
+            for one, (height, width) in zip(labels, sizes, strict=True):
+                inside = one["boxes"].new_tensor([float(width), float(height)]).repeat(2)
+                canvas = one["boxes"].new_tensor(view.size[::-1]).repeat(2)
+                one["boxes"] = one["boxes"] * inside / canvas
+        loss: Tensor = self.model(**self._taken(view), labels=labels).loss
         return loss
 
     def detections(self, view: View) -> list[Detections] | None:

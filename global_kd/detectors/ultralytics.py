@@ -193,6 +193,21 @@ class UltralyticsDetector(MapsOnly):
             self._criterion = getattr(self.model, "criterion", None)
         return total
 
+    def losses_of(self, view: View, truth: Targets) -> Tensor | None:
+        corners, size = truth.boxes, truth.boxes.new_tensor(view.size[::-1]).repeat(2)
+        boxes = torch.cat(
+            [corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1
+        )
+        batch = {
+            "img": self._fitting(view.images),
+            "cls": truth.labels.to(boxes.dtype)[:, None],
+            "bboxes": boxes / 2 / size,
+            "batch_idx": truth.image_index.to(boxes.dtype),
+        }
+        with arguments(self.model):
+            total: Tensor = self.model(batch)[0].sum()
+        return total
+
     def detections(self, view: View) -> list[Detections] | None:
         if self._family == "rtdetr":
             return None

@@ -8,4 +8,6 @@ from .report import Level as Level
 from .report import Report as Report
 from .report import Term as Term
 from .shares import HeldShares as HeldShares
+from .teacher import FindObjects as FindObjects
 from .trial import Setup as Setup
+from .watch import Watch as Watch

@@ -11,6 +11,7 @@ from ..targets import Targets
 
 SCORE = 0.3  # a detection counts from here on
 _FOUND = 0.5  # IoU at which a detection and a box are the same object
+_BETTER = 0.2  # mean IoU by which another reading must be better where many boxes are found
 _FEW, _MOST = 0.3, 0.6  # shares of boxes found: a reading under the first is doubted, over the
 # second believed
 
@@ -34,17 +35,17 @@ def doubts(
             readings[f"pixels of images {2 ** (-step / 4):.2g} times as large"] = given * 2 ** (
                 step / 4
             )
-    share, agree, _ = _agreement(given, truth, found, scale)
-    if share < _FEW:
+    share, agree, overlap = _agreement(given, truth, found, scale)
+    if overlap < 1 - _BETTER:
         others = {name: _agreement(x, truth, found, scale) for name, x in readings.items()}
-        best, (other, agree_there, _) = max(others.items(), key=lambda item: item[1][2])
-        if other >= _MOST:
+        best, (other, agree_there, better) = max(others.items(), key=lambda item: item[1][2])
+        if other >= _MOST and (share < _FEW or better >= overlap + _BETTER):
             yield (
                 f"the teacher finds {share:.0%} of the boxes as they are given, and {other:.0%} of "
                 f"them read as {best}: convert them to xyxy in pixels of the network input"
             )
             share, agree = other, agree_there
-        elif any(len(x.boxes) for x in found):
+        elif share < _FEW and any(len(x.boxes) for x in found):
             yield (
                 f"the teacher finds {share:.0%} of the batch's boxes: check its weights and the "
                 "boxes' pixels, and plot both on an image"

@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..detectors import Detections, Detector, Look, Seen
-from ..hooks import set_mode
+from ..detectors import Detector, Look, Seen
 from ..instances import assign_levels
 from ..losses.base import DistillLoss
 from ..pair import Pair
 from ..targets import Targets
-from .boxes import SCORE, doubts
+from .batch import ENOUGH, box_problems, pixel_problems
+from .prototypes import prototype_facts, schedule_problems
 from .report import Level, Report, Term
-from .trial import DetectionLoss, Setup, gradients, norm, own_loss, trial
-from .untouched import train_all_but_statistics
+from .teacher import FindObjects, judge, teacher_findings
+from .trial import DetectionLoss, Setup, gradients, norm, trial
 
-_ENOUGH = 3  # boxes from which on a batch can tell one reading from another
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
 _TYRANT = 10.0  # a term above this many detection losses leaves them no say
 
@@ -31,47 +30,31 @@ def examine(
     nothing_distilled: Callable[[], str],
     optimizer: torch.optim.Optimizer | None,
     detection_loss: DetectionLoss | None,
+    detections: FindObjects | None,
 ) -> Report:
     """One step of a student and its teacher, looked at from all sides; nothing is changed."""
     pair, losses = setup.pair, setup.losses
-    models, (student, teacher) = pair.models, pair.models
+    models, (student, _) = pair.models, pair.models
     facts: list[str] = []
     problems: list[str] = []
 
     with trial(setup, images, targets, detection_loss) as step:
         seen, looked, values, detection = step.seen, step.looked, step.terms, step.detection
-        with torch.no_grad():
-            again = pair.look(seen.look.view)
         terms = _terms(student, values, detection)
-        own = None if detection is None else float(detection.detach())
-        theirs = None
-        like = next(teacher.parameters(), None)  # in half precision few compute their own losses
-        whole = like is None or like.dtype in (torch.float32, torch.float64)
-        if whole and pair.student.kind is not None and pair.student.kind == pair.teacher.kind:
-            train_all_but_statistics(teacher)
-            with torch.no_grad():
-                theirs = own_loss(teacher, pair.teacher, images, targets, detection_loss)
-        set_mode(teacher, False)
-        with torch.no_grad():
-            found = pair.teacher.detections(looked.view)
-    truth = seen.truth
+        findings = teacher_findings(pair, step, detection_loss, detections)
+    truth, unchecked = seen.truth, list(findings.unchecked)
     rows = _levels(losses, pair, seen, looked)
     problems += _terms_problems(terms, values)
     problems += _optimizer_problems(models, losses, optimizer)
-    _teacher(facts, problems, looked, again, found, own, theirs)
-    if own is not None and theirs is not None and float(theirs) >= own:
-        found = None  # what a bad teacher detects says nothing of the boxes
+    for kept, new in zip((facts, problems), judge(findings, looked), strict=True):
+        kept += new
+    found = None if findings.bad else findings.found  # a bad one's say nothing of the boxes
     keeper = next((loss for loss in losses.values() if loss.keeps_prototypes), None)
-    problems += _boxes_problems(truth, seen, keeper, pair.student, found, pair.scale)
-    unpaired = [
-        f"{name} levels {[i for i in range(len(x.maps)) if i not in used]}"
-        for name, x, used in zip(
-            ("student", "teacher"), (seen.look, looked), pair.levels, strict=True
-        )
-        if len(used) < len(x.maps)
-    ]
-    if unpaired:
-        facts.append(f"without a partner of equal stride, unused: {', '.join(unpaired)}")
+    problems += box_problems(truth, seen, keeper, pair.student, found, findings.scale)
+    problems += pixel_problems(seen.look.view.images, pair.student.pixels)
+    for kept, new in zip((facts, problems), _unused(pair, seen, looked), strict=True):
+        kept += new
+    unchecked += _unknown(pair, keeper, optimizer, detection, truth)
     missing = [n for loss in losses.values() for n in loss.term_names if n not in values]
     if missing:
         wished = frozenset[str]().union(*(loss.wishes for loss in losses.values()))
@@ -81,24 +64,55 @@ def examine(
     if not values and any(loss.active for loss in losses.values()):
         problems.append(nothing_distilled())
     if keeper is not None:
-        _prototypes(facts, problems, keeper, truth)
-    return Report(rows, terms, facts, problems)
+        prototype_facts(facts, problems, keeper, truth)
+        problems += schedule_problems(keeper)
+    return Report(rows, terms, facts, problems, unchecked)
 
 
-def _prototypes(facts: list[str], problems: list[str], keeper: DistillLoss, truth: Targets) -> None:
-    least = keeper.generator.min_side
-    small = (truth.boxes[:, 2:] - truth.boxes[:, :2]).amin(dim=1) <= least
-    if keeper.uses_prototypes and len(truth) >= _ENOUGH and bool(small.all()):
-        problems.append(
-            f"none of the batch's {len(truth)} boxes is larger than min_side="
-            f"{least:g} pixels of the network input both ways, so none of them "
-            "can become a prototype; pass a smaller min_side"
+def _unused(pair: Pair, seen: Seen, looked: Look) -> tuple[list[str], list[str]]:
+    """Levels without a partner: a fact, and a problem where most of the student's are left out."""
+    sides = ("student", "teacher"), (seen.look, looked), pair.levels, pair.strides
+    left = {
+        name: [strides[i] for i in range(len(look.maps)) if i not in used]
+        for name, look, used, strides in zip(*sides, strict=True)
+    }
+    named = [f"{name} strides {', '.join(f'{x:g}' for x in s)}" for name, s in left.items() if s]
+    if not named:
+        return [], []
+    what = f"without a partner of about equal stride, unused: {' and '.join(named)}"
+    used, every = len(pair.levels[0]), len(seen.look.maps)
+    if 2 * used >= every:
+        return [what], []
+    return [], [
+        f"only {used} of the student's {every} levels are distilled ({what}); take another module "
+        "or teacher, or teacher_scale=, if the others matter"
+    ]
+
+
+def _unknown(
+    pair: Pair,
+    keeper: DistillLoss | None,
+    optimizer: torch.optim.Optimizer | None,
+    detection: Tensor | None,
+    truth: Targets,
+) -> Iterable[str]:
+    """What this look cannot tell, each with what would tell it."""
+    if optimizer is None:
+        yield "what the optimizer holds; pass optimizer="
+    if detection is None:
+        yield "the sizes of the terms beside the detector's own loss; pass detection_loss="
+    if pair.student.pixels is None:
+        yield (
+            "whether both detectors take images in this format (range, mean, order of channels); "
+            "pass student_pixels= and teacher_pixels= where they differ"
         )
-    if not keeper.bank.valid.any():
-        facts.append(
-            "no prototypes yet: the terms above use some made of this batch's boxes; in training "
-            "omega is 1 and kd_relation 0 until the first refresh"
+    if keeper is not None and pair.student.num_classes is None:
+        yield (
+            f"whether num_classes={keeper.generator.num_classes} is that of the detectors; it must "
+            "be above the highest label of the data"
         )
+    if 0 < len(truth) < ENOUGH:
+        yield f"how the boxes are read: this batch has {len(truth)} only"
 
 
 def _terms(
@@ -203,85 +217,3 @@ def _optimizer_problems(
             f"the optimizer holds {len(teacher & held)} parameters of the teacher; weight decay "
             "would change it; leave teacher.parameters() out"
         )
-
-
-def _teacher(
-    facts: list[str],
-    problems: list[str],
-    looked: Look,
-    again: Look,
-    found: list[Detections] | None,
-    own: float | None,
-    theirs: Tensor | None,
-) -> None:
-    equal = all(torch.equal(a, b) for a, b in zip(looked.maps, again.maps, strict=True))
-    facts.append("the teacher is in eval mode at every step and gets no gradient")
-    if not equal:
-        problems.append(
-            "the teacher gives other maps when it sees the same images twice: it draws random "
-            "numbers in eval mode (functional dropout without training=False?); switch that off"
-        )
-    if not all(x.isfinite().all() for x in looked.maps):
-        problems.append("the teacher's maps hold NaN or infinities; load its weights anew")
-    if found is None:
-        facts.append("whether the teacher detects anything is unknown for this kind of model")
-    else:
-        count = sum(int((x.scores >= SCORE).sum()) for x in found)
-        facts.append(
-            f"the teacher finds {count} objects of score >= {SCORE} in {len(found)} images"
-        )
-        if count == 0:
-            problems.append(
-                "the teacher detects nothing on this batch: load its trained weights, and check "
-                "that it sees images in its own format (teacher_pixels)"
-            )
-    if own is not None and theirs is not None:
-        facts.append(f"detection loss: student {own:.4g}, teacher {float(theirs):.4g}")
-        if float(theirs) >= own:
-            problems.append(
-                f"the teacher's detection loss on this batch ({float(theirs):.4g}) is not below "
-                f"the student's ({own:.4g}): load its trained weights, and check that both use the "
-                "same class numbers"
-            )
-
-
-def _boxes_problems(
-    truth: Targets,
-    seen: Seen,
-    keeper: DistillLoss | None,
-    detector: Detector,
-    found: list[Detections] | None,
-    scale: float,
-) -> Iterable[str]:
-    if len(truth) == 0:
-        yield "the batch has no boxes: check another one"
-        return
-    boxes, labels = truth.boxes.float(), truth.labels
-    height, width = seen.look.view.size
-    classes = None if keeper is None else keeper.generator.num_classes
-    if classes is not None and detector.num_classes not in (None, classes):
-        yield (
-            f"the student was made for {detector.num_classes} classes, but the loss for "
-            f"{classes}; pass num_classes={detector.num_classes}"
-        )
-    first = detector.first_label
-    if labels.min() < first:
-        yield (
-            f"label {int(labels.min())} is the background in this framework: classes start at "
-            f"{first}; add {first} to the labels"
-        )
-    if boxes.max() <= 2 and max(height, width) >= 32:
-        yield (
-            f"no box coordinate is above {float(boxes.max()):.3g} on a canvas of {width} x "
-            f"{height}: these look normalised; multiply by the width and height in pixels"
-        )
-        return
-    over = (boxes[:, 2:] > 1.05 * boxes.new_tensor([width, height])).any(dim=1)
-    if over.any():
-        yield (
-            f"{int(over.sum())} of {len(truth)} boxes reach beyond the canvas of {width} x "
-            f"{height} pixels: these look like pixels of the original image; scale them as the "
-            "image was resized"
-        )
-    if found is not None and len(truth) >= _ENOUGH:
-        yield from doubts(truth, found, scale, (height, width))

@@ -1,6 +1,6 @@
 """What the doctor found, as tables and sentences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,18 @@ class Report:
         terms: By name; ``"detection"`` is the student's own loss, where known.
         facts: Further findings, a sentence each.
         problems: What should be mended, each with the sentence that mends it.
+        unchecked: What was not looked at, or could not be, each with what would tell.
     """
 
     levels: list[Level]
     terms: dict[str, Term]
     facts: list[str]
     problems: list[str]
+    unchecked: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether there is nothing to mend."""
+        """Whether nothing was found to mend; what was not looked at is in :attr:`unchecked`."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -84,6 +86,8 @@ class Report:
         parts.append(table(shown))
         parts.append("\n".join(f"- {x}" for x in self.facts))
         parts.append("\n".join(f"! {x}" for x in self.problems) or "No problem found.")
+        if self.unchecked:
+            parts.append("\n".join(["Not checked:", *(f"? {x}" for x in self.unchecked)]))
         return "\n\n".join(parts)
 
 

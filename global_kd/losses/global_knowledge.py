@@ -22,6 +22,7 @@ from ..targets import Targets
 from .base import DistillLoss, Levels
 from .robust_distill import LabelOptions, RobustDistillLoss
 
+_REFRESH_EVERY = 1000  # the default
 _RELEASED_SIDE = 30.0  # pixels, where the finest level has stride 8
 _NAMED = 10  # classes without prototypes that are listed by name
 
@@ -112,7 +113,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         adapter: str = "conv3x3",
         schedule: Schedule | Mapping[str, Schedule] | None = None,
         total_steps: int | None = None,
-        refresh_every: int | None = 1000,
+        refresh_every: int | None = _REFRESH_EVERY,
         num_prototypes: int = 10,
         alpha: float = 10.0,
         min_side: float | None = None,
@@ -163,7 +164,9 @@ class GlobalKnowledgeLoss(DistillLoss):
             distributed=distributed,
         )
         _check.class_names(class_names, num_classes)
-        if refresh_every and total_steps and refresh_every >= total_steps and probe.uses_prototypes:
+        late = refresh_every and total_steps and refresh_every >= total_steps
+        # A default is nobody's mistake; the doctor tells of it, too.
+        if late and refresh_every != _REFRESH_EVERY and probe.uses_prototypes:
             warnings.warn(
                 f"refresh_every: expected less than total_steps={total_steps}, but got "
                 f"{refresh_every}: no prototypes come from the training stream, so omega stays 1 "

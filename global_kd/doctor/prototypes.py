@@ -1,0 +1,39 @@
+"""Will there be prototypes?"""
+
+from collections.abc import Iterable
+
+from ..losses.base import DistillLoss
+from ..targets import Targets
+from .batch import ENOUGH
+
+
+def prototype_facts(
+    facts: list[str], problems: list[str], keeper: DistillLoss, truth: Targets
+) -> None:
+    """What a batch tells of those to come."""
+    least = keeper.generator.min_side
+    small = (truth.boxes[:, 2:] - truth.boxes[:, :2]).amin(dim=1) <= least
+    if keeper.uses_prototypes and len(truth) >= ENOUGH and bool(small.all()):
+        problems.append(
+            f"none of the batch's {len(truth)} boxes is larger than min_side="
+            f"{least:g} pixels of the network input both ways, so none of them "
+            "can become a prototype; pass a smaller min_side"
+        )
+    if not keeper.bank.valid.any():
+        facts.append(
+            "no prototypes yet: the terms above use some made of this batch's boxes; in training "
+            "omega is 1 and kd_relation 0 until the first refresh"
+        )
+
+
+def schedule_problems(keeper: DistillLoss) -> Iterable[str]:
+    """Whether the first refresh comes before the end."""
+    every, steps = getattr(keeper, "refresh_every", None), keeper.total_steps
+    if not every or not steps or every < steps or not keeper.uses_prototypes:
+        return
+    if not keeper.bank.valid.any():
+        yield (
+            f"refresh_every={every} is not below total_steps={steps}, so no prototypes come from "
+            "the training stream, omega stays 1 and kd_relation 0; pass refresh_every=len(loader), "
+            "or call kd.refresh(loader) before the first epoch"
+        )
