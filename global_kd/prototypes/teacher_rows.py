@@ -55,7 +55,8 @@ def sight_of(targets: Targets, images: Tensor | None) -> Tensor:
     parts = torch.cat([boxes, left, upper])
     index = targets.image_index.repeat(3)
     (colours,) = pool_levels([images.float()], Targets(parts, index, index), (1.0,))
-    return torch.cat([boxes, *colours.split(len(boxes))], dim=1)
+    parts_of = colours.view(3, len(boxes), colours.shape[1]).transpose(0, 1)
+    return torch.cat([boxes, parts_of.flatten(1)], dim=1)
 
 
 class TeacherRows:
