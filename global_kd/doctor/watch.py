@@ -79,7 +79,7 @@ class Watch:
             )
         elif still:
             self._tell(
-                f"the student was not updated in {self.steps} steps; give student.parameters() to "
+                f"no parameter of the student changed in {self.steps} steps; give student.parameters() to "
                 "the optimizer beside kd.parameters(), and call its step()"
             )
 
