@@ -20,6 +20,7 @@ from .hooks import (
     infer_strides,
     keeping_statistics,
     quiet,
+    set_mode,
     sharded_modules,
 )
 from .ops.boxes import pairwise_iou
@@ -106,11 +107,11 @@ class Pair:
         """
         teacher = self.models[1]
         if not any(pair.models[0] is teacher for pair in _PAIRS):
-            teacher.eval()
+            set_mode(teacher, False)
             yield
             return
         modes = [(module, module.training) for module in teacher.modules()]
-        teacher.eval()
+        set_mode(teacher, False)
         try:
             with quiet(teacher):
                 yield

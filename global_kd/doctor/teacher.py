@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors import Detections, Look
+from ..hooks import set_mode
 from ..pair import Pair
 from .boxes import SCORE
 from .trial import DetectionLoss, Trial
@@ -59,7 +60,7 @@ def teacher_findings(
             theirs = _loss(pair, step, detection_loss)
         except Exception as error:
             unchecked.append(f"the teacher's detection loss: it fails with {_short(error)}")
-        teacher.eval()
+        set_mode(teacher, False)
         found, scale = None, pair.scale
         try:
             if detections is None:
@@ -90,7 +91,9 @@ def teacher_findings(
 def _loss(pair: Pair, step: Trial, detection_loss: DetectionLoss | None) -> float | None:
     """The teacher's own loss, on the view that it is shown."""
     teacher, same = pair.models[1], pair.student.kind == pair.teacher.kind
-    if detection_loss is None and (pair.student.kind is None or not same):
+    like = next(teacher.parameters(), None)  # in half precision few compute their own losses
+    whole = like is None or like.dtype in (torch.float32, torch.float64)
+    if detection_loss is None and (pair.student.kind is None or not same or not whole):
         return None
     train_all_but_statistics(teacher)
     if detection_loss is not None:

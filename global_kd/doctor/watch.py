@@ -79,8 +79,8 @@ class Watch:
             )
         elif still:
             self._tell(
-                f"no parameter of the student changed in {self.steps} steps; give student.parameters() to "
-                "the optimizer beside kd.parameters(), and call its step()"
+                f"no parameter of the student changed in {self.steps} steps; give "
+                "student.parameters() to the optimizer beside kd.parameters(), and call its step()"
             )
 
     def _tell(self, what: str) -> None:
