@@ -233,7 +233,7 @@ class Detectron2Detector(MapsOnly):
         from detectron2.utils.events import EventStorage, has_event_storage
 
         images = image_list(View(fitting(view.images, self.model), view.sizes))
-        batch = []
+        batch: list[dict[str, Any]] = []
         for one, size in zip(unpacked(truth, len(view.images)), images.image_sizes, strict=True):
             boxes = Boxes(one["boxes"])
             instances = Instances(size, gt_boxes=boxes, gt_classes=one["labels"])
