@@ -132,6 +132,10 @@ class UltralyticsDetector(MapsOnly):
             return {"img": batch}
         return {key: batch.get(key) for key in _KEYS} if isinstance(batch, Mapping) else {}
 
+    def as_call(self, images: Any, targets: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        whole = isinstance(images, Mapping) and all(key in images for key in _KEYS)
+        return ((images,) if whole else ()), {}
+
     def see(self, images: Any) -> View:
         if isinstance(images, Mapping):
             images = images["img"]
