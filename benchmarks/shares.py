@@ -34,8 +34,8 @@ def run(
     from workshop.detection_data import first_batches, load_digits
     from workshop.digit_scenes import SceneSettings
 
-    steps, batches = (2, 1) if quick else (60, 8)
-    size = 16
+    steps, batches = (2, 1) if quick else (40, 4)
+    size = 8
     count = size * (2 * batches + steps)
     with tempfile.TemporaryDirectory() as cache:
         settings = SceneSettings(train=count, validation=1)

@@ -1,7 +1,7 @@
 """Which method serves which detector: each is trained for a few steps, and the table is written.
 
     python -m tests.detectors.methods              # writes methods.json and the table of docs
-    python -m tests.detectors.methods --only fcos  # rows whose name holds a word
+    python -m tests.detectors.methods --only FCOS  # rows whose name holds a word
 
 Rows of packages that are not installed are kept as they are.
 """
@@ -39,7 +39,7 @@ class Row:
         batch: The arguments of the student's forward and of ``kd(*batch)``.
         step: The student's training forward: the sum of its own losses.
         classes: For ``GlobalKnowledgeLoss``.
-        logits: Columns of the class logits that are classes, for a classifier's.
+        columns: Of the class logits, for a classifier of ``classes``; ``None``: all.
         options: For the ``Distiller``.
     """
 
@@ -49,6 +49,7 @@ class Row:
     step: Callable[[nn.Module, tuple[Any, ...]], Tensor]
     classes: int
     options: Callable[[], dict[str, Any]] = dict
+    columns: range | None = None
 
 
 def torchvision_row(kind: str) -> Row:
@@ -59,6 +60,19 @@ def torchvision_row(kind: str) -> Row:
 
     return Row(
         "torchvision", lambda: (detector(kind, 8), detector(kind, 12)), scenes, step, NUM_CLASSES
+    )
+
+
+def detectron2_row(kind: str) -> Row:
+    from . import test_detectron2 as tests
+
+    return Row(
+        "detectron2",
+        lambda: (tests.detector(kind), tests.detector(kind, 4)),
+        lambda: (tests.batch(kind),),
+        tests.step,
+        tests.NUM_CLASSES,
+        columns=range(tests.NUM_CLASSES) if kind == "faster" else None,  # the background is last
     )
 
 
@@ -113,14 +127,29 @@ ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
     "torchvision RetinaNet": ("torchvision", lambda: torchvision_row("retinanet")),
     "torchvision FCOS": ("torchvision", lambda: torchvision_row("fcos")),
     "torchvision SSD": ("torchvision", lambda: torchvision_row("ssd")),
+    "Detectron2 Faster R-CNN": ("detectron2", lambda: detectron2_row("faster")),
+    "Detectron2 RetinaNet": ("detectron2", lambda: detectron2_row("retinanet")),
+    "Detectron2 FCOS": ("detectron2", lambda: detectron2_row("fcos")),
     "Ultralytics YOLOv8 <- YOLO11": (
         "ultralytics",
         lambda: ultralytics_row("yolov8n.yaml", "yolo11n.yaml"),
     ),
+    "Ultralytics YOLO26": (
+        "ultralytics",
+        lambda: ultralytics_row("yolo26n.yaml", "yolo26n.yaml"),
+    ),
     "transformers RT-DETR": ("transformers", lambda: transformers_row("rt_detr")),
+    "transformers D-FINE": ("transformers", lambda: transformers_row("d_fine")),
     "transformers DETR": ("transformers", lambda: transformers_row("detr")),
     "a detector of one's own": ("torch", own_row),
 }
+
+
+SLOW = {name for name in ROWS if name.startswith("Detectron2")} | {
+    "Ultralytics YOLO26",
+    "transformers D-FINE",
+}
+"""Rows that only this command and `pytest -m compatibility` train."""
 
 
 class Crops(nn.Module):
@@ -135,10 +164,10 @@ class Crops(nn.Module):
         return self.head(self.conv(x).relu().mean(dim=(2, 3)))
 
 
-def methods(classes: int) -> dict[str, Callable[[], DistillLoss]]:
+def methods(classes: int, columns: range | None = None) -> dict[str, Callable[[], DistillLoss]]:
     """Every method that is exported, made as its first user would."""
     special: dict[str, Callable[[], DistillLoss]] = {
-        "DICOD": lambda: losses.DICOD(Crops(classes), size=32)
+        "DICOD": lambda: losses.DICOD(Crops(classes), size=32, columns=columns)
     }
     found: dict[str, Callable[[], DistillLoss]] = {
         "GlobalKnowledgeLoss": lambda: GlobalKnowledgeLoss(
@@ -193,7 +222,7 @@ def run(name: str) -> dict[str, str]:
     """One row of the table."""
     row = ROWS[name][1]()
     found = {}
-    for method, make in methods(row.classes).items():
+    for method, make in methods(row.classes, row.columns).items():
         try:
             found[method] = put_through(row, make)
         except Exception as error:
@@ -214,13 +243,15 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="part of the names of the rows to run")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of the names of the rows to run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, (package, _) in ROWS.items():
-        if options.only not in name or find_spec(package) is None:
+        if not any(word in name for word in options.only) or find_spec(package) is None:
             continue
         start = time.perf_counter()
         rows[name] = run(name)
@@ -228,6 +259,7 @@ def main() -> None:
         for method, result in rows[name].items():
             print(f"    {method}: {result}", flush=True)
     if not options.dry_run:
+        rows = {name: rows[name] for name in ROWS if name in rows}
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         text = PAGE.read_text(encoding="utf-8")
         head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]

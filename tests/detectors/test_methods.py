@@ -10,7 +10,13 @@ from . import methods
 WRITTEN = json.loads(methods.RESULTS.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", methods.ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.compatibility] if name in methods.SLOW else [])
+        for name in methods.ROWS
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # of the frameworks
 def test_methods_train_what_the_table_says(name):
     package, _ = methods.ROWS[name]
