@@ -13,22 +13,12 @@ from torch import Tensor, nn
 
 from . import _check, arguments
 from .detectors import Look, Pixels, ReadHead, Seen, reader
-from .doctor import (
-    Alarm,
-    Calibration,
-    FindObjects,
-    HeldShares,
-    Report,
-    Setup,
-    Watch,
-    calibrate,
-    examine,
-)
-from .hooks import FeatureTap, evaluating, sharded_modules
+from .doctor import Alarm, Calibration, FindObjects, HeldShares, Report, Setup, Watch, examine
+from .hooks import FeatureTap, evaluating
 from .losses.base import DistillLoss, Levels
 from .pair import Observed, Pair
 from .prototypes.bank import PrototypeBank
-from .prototypes.passes import Passes, first_batches
+from .prototypes.passes import Passes
 from .step import FACTS, Step
 from .targets import Targets
 
@@ -437,43 +427,20 @@ class Distiller(nn.Module):
         Example:
             >>> kd.calibrate(images, targets, share=0.3)  # doctest: +SKIP
         """
-        names = [name for _, loss in self._each() for name in loss.term_names]
-        for name, value in share.items() if isinstance(share, Mapping) else [("share", share)]:
-            if isinstance(share, Mapping):
-                _check.one_of("share", name, names)
-            _check.positive("share", value)
-        if (images is None) == (loader is None):
-            raise ValueError(
-                "calibrate: expected a batch (images, targets), or loader=..., but got "
-                f"{'neither' if loader is None else 'both'}"
-            )
-        if loader is not None and detection_loss is not None:
-            raise ValueError(
-                "detection_loss: expected None beside loader, since it computes the loss of one "
-                "batch; pass images and targets instead"
-            )
-        self._may_hold(every, band, detection_loss)
-        given: Iterable[tuple[Any, ...]] = [(images, targets)]
-        if loader is not None:
-            device = next(self._models[0].parameters()).device
-            given = first_batches(loader, batches, device)
-        calibration = calibrate(self._setup(), given, share, detection_loss)
-        self._held.every, self._held.band = every, band
-        wanted = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
-        self._held.wanted = dict(wanted) if every is not None else {}
+        calibration = self._held.calibrate(
+            self._setup(),
+            images,
+            targets,
+            share=share,
+            loader=loader,
+            batches=batches,
+            every=every,
+            band=band,
+            detection_loss=detection_loss,
+        )
         if verbose:
             print(calibration)
         return calibration
-
-    def _may_hold(self, every: int | None, band: float, detection_loss: Any) -> None:
-        _check.count("every", every)
-        _check.positive("band", band)
-        if every is not None and (detection_loss is not None or sharded_modules(self._models[0])):
-            who = "detection_loss, which" if detection_loss is not None else "FSDP2, where a loss"
-            raise ValueError(
-                f"every: expected None with {who} is computed for one batch alone; call "
-                f"calibrate yourself every {every} steps instead"
-            )
 
     def _setup(self) -> Setup:
         """What the doctor tries out."""

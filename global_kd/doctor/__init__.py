@@ -2,7 +2,6 @@
 
 from .alarm import Alarm as Alarm
 from .calibration import Calibration as Calibration
-from .calibration import calibrate as calibrate
 from .examine import examine as examine
 from .report import Level as Level
 from .report import Report as Report

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import _check
+from ..hooks import sharded_modules
 from ..losses.base import DistillLoss
-from .calibration import Calibration, measure, weights_for
-from .trial import Setup
+from ..prototypes.passes import first_batches
+from .calibration import Calibration, calibrate, measure, weights_for
+from .trial import DetectionLoss, Setup
 
 
 class HeldShares:
@@ -26,6 +29,49 @@ class HeldShares:
         self.every: int | None = None
         self.band = 0.0
         self.wanted: dict[str, float] = {}
+
+    def calibrate(
+        self,
+        setup: Setup,
+        images: Any,
+        targets: Any,
+        *,
+        share: float | Mapping[str, float],
+        loader: Iterable[Any] | None,
+        batches: int,
+        every: int | None,
+        band: float,
+        detection_loss: DetectionLoss | None,
+    ) -> Calibration:
+        """Set the weights once, and hold the shares from now on if asked to.
+
+        See :meth:`global_kd.Distiller.calibrate`.
+        """
+        names = [name for loss in setup.losses.values() for name in loss.term_names]
+        for name, value in share.items() if isinstance(share, Mapping) else [("share", share)]:
+            if isinstance(share, Mapping):
+                _check.one_of("share", name, names)
+            _check.positive("share", value)
+        if (images is None) == (loader is None):
+            raise ValueError(
+                "calibrate: expected a batch (images, targets), or loader=..., but got "
+                f"{'neither' if loader is None else 'both'}"
+            )
+        if loader is not None and detection_loss is not None:
+            raise ValueError(
+                "detection_loss: expected None beside loader, since it computes the loss of one "
+                "batch; pass images and targets instead"
+            )
+        student = setup.pair.models[0]
+        _may_hold(student, every, band, detection_loss)
+        given: Iterable[tuple[Any, ...]] = [(images, targets)]
+        if loader is not None:
+            given = first_batches(loader, batches, next(student.parameters()).device)
+        calibration = calibrate(setup, given, share, detection_loss)
+        self.every, self.band = every, band
+        wanted = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
+        self.wanted = dict(wanted) if every is not None else {}
+        return calibration
 
     def due(self, losses: Mapping[str, DistillLoss]) -> bool:
         """Whether the step that comes is one at which to look."""
@@ -54,6 +100,17 @@ class HeldShares:
             )
         self.every, self.band = int(every) or None, band
         self.wanted = {name: x for name, x in zip(names, wanted, strict=True) if x >= 0}
+
+
+def _may_hold(student: nn.Module, every: int | None, band: float, detection_loss: Any) -> None:
+    _check.count("every", every)
+    _check.positive("band", band)
+    if every is not None and (detection_loss is not None or sharded_modules(student)):
+        who = "detection_loss, which" if detection_loss is not None else "FSDP2, where a loss"
+        raise ValueError(
+            f"every: expected None with {who} is computed for one batch alone; call "
+            f"calibrate yourself every {every} steps instead"
+        )
 
 
 def _names(losses: Mapping[str, DistillLoss]) -> list[str]:

@@ -134,21 +134,13 @@ ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
         "ultralytics",
         lambda: ultralytics_row("yolov8n.yaml", "yolo11n.yaml"),
     ),
-    "Ultralytics YOLO26": (
-        "ultralytics",
-        lambda: ultralytics_row("yolo26n.yaml", "yolo26n.yaml"),
-    ),
     "transformers RT-DETR": ("transformers", lambda: transformers_row("rt_detr")),
-    "transformers D-FINE": ("transformers", lambda: transformers_row("d_fine")),
     "transformers DETR": ("transformers", lambda: transformers_row("detr")),
     "a detector of one's own": ("torch", own_row),
 }
 
 
-SLOW = {name for name in ROWS if name.startswith("Detectron2")} | {
-    "Ultralytics YOLO26",
-    "transformers D-FINE",
-}
+SLOW = {name for name in ROWS if name.startswith("Detectron2")}
 """Rows that only this command and `pytest -m compatibility` train."""
 
 
@@ -241,6 +233,15 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: dict[str, dict[str, str]]) -> None:
+    """To the file and the page, in the order of the table."""
+    rows = {name: rows[name] for name in ROWS if name in rows}
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    PAGE.write_text(f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -258,12 +259,8 @@ def main() -> None:
         print(f"{name} ({time.perf_counter() - start:.0f} s)", flush=True)
         for method, result in rows[name].items():
             print(f"    {method}: {result}", flush=True)
-    if not options.dry_run:
-        rows = {name: rows[name] for name in ROWS if name in rows}
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        text = PAGE.read_text(encoding="utf-8")
-        head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        PAGE.write_text(f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")
+        if not options.dry_run:  # after each, so that a run may be cut off
+            write(rows)
 
 
 if __name__ == "__main__":
