@@ -508,3 +508,19 @@ def test_boxes_of_images_that_there_are_not():
     student(images["img"])
     with pytest.raises(ValueError, match="targets: expected boxes of the 4 images"):
         kd({**images, "batch_idx": images["batch_idx"] + 4})
+
+
+def test_teachers_of_random_weights_destroy_no_student():
+    """As the page has them: from YAML, maps of a variance of 1e-17, the default loss."""
+    torch.manual_seed(0)
+    student, teacher = model("yolo11n.yaml"), model("yolo11s.yaml")
+    kd = Distiller(student, teacher, GlobalKnowledgeLoss(NUM_CLASSES, total_steps=50))
+    optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.01)
+    images = batch(scenes(), side=96)
+    for _ in range(5):
+        loss, terms = step(student, (images,)), kd(images)
+        assert loss.isfinite() and all(x.isfinite() and x <= 20 for x in terms.values())
+        optimizer.zero_grad()
+        (loss + sum(terms.values())).backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in student.parameters())
