@@ -2,12 +2,14 @@
 
 On a GPU: the ops run as Triton kernels; a step under `torch.cuda.set_sync_debug_mode("error")`, and
 a step captured in a CUDA graph whose replay gives the same values. On a CPU nothing can wait; there
-the definition's operations are listed and those that would make a GPU's host wait are counted.
+the operations that would make a GPU's host wait are counted: those of the definition, and those of
+a whole `kd(images, targets)` of real detectors (`detector_waits.py`).
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from global_kd import PAPER, RobustDistillLoss
 from global_kd.ops.dispatch import backend, force
 
 from .cases import TOLERANCES, with_gradient
+from .detector_waits import detectors, places
 from .measure import Work, difference, first_line
 from .scene import QUICK, Size, make_scene
 from .suite import described
@@ -35,6 +38,15 @@ WAITING = {
 }
 
 
+def makes_wait(func: Any, args: Any) -> bool:
+    """Whether an operation, on a GPU, would hold up the host."""
+    name = str(func)
+    masked = str(func.overloadpacket) in ("aten.index", "aten.index_put") and any(
+        isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1] or ()
+    )
+    return masked or name in WAITING or name.removesuffix(".default") in WAITING
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations that make a host wait."""
 
@@ -43,12 +55,8 @@ class Waits(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        masked = str(func.overloadpacket) in ("aten.index", "aten.index_put") and any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1] or ()
-        )
-        if masked or name in WAITING or name.removesuffix(".default") in WAITING:
-            self.seen[name] += 1
+        if makes_wait(func, args):
+            self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -80,11 +88,22 @@ def run(
             found[name] = check()
         except Exception as error:
             found[name] = first_line(error)
-    return {
-        "size": size.words(),
-        "checks": found,
-        "passed": all(outcome in ("0", "captured", "triton") for outcome in found.values()),
-    }
+    passed = all(outcome in ("0", "captured", "triton") for outcome in found.values())
+    if device.type == "cpu":
+        found |= of_detectors(96 if quick else 256)
+    return {"size": size.words(), "checks": found, "passed": passed}
+
+
+def of_detectors(side: int) -> dict[str, str]:
+    """Of one kd call each: how many waits, and where they come from."""
+    if find_spec("torchvision") is None:
+        return {}
+    found = {}
+    for name, work in detectors(side).items():
+        seen = places(work, makes_wait)
+        where = ", ".join(f"{n} in {place}" for place, n in sorted(seen.items()))
+        found[f"waits in kd of {name}"] = f"{sum(seen.values())}: {where}" if seen else "0"
+    return found
 
 
 def synchronisations(work: Work) -> str:

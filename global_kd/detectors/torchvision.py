@@ -109,9 +109,10 @@ class TorchvisionDetector(MapsOnly):
             proposals = (drawn, box) if "regions" in facts else None
             tapped = {**tapped, "drawn": drawn}  # the boxes that "regions" speaks of
         elif "positives" in facts and assigned is not None:
-            mask = assigned >= 0
-            raw = (mask, self._dense.grids(maps, view, mask.shape[1]))
-            sampled = Sampled(tapped["dense logits"][mask], assigned[mask], raw=raw)
+            # The one wait of a step for the device: how many positives there are.
+            rows = (assigned >= 0).nonzero(as_tuple=True)
+            raw = (*rows, self._dense.grids(maps, view, assigned.shape[1]))
+            sampled = Sampled(tapped["dense logits"][rows], assigned[rows], raw=raw)
         look = Look(maps, view, features, tapped)
         assigned = assigned if "assigned" in facts else None
         return Seen(look, _pack(truth), sampled, assigned, proposals)
@@ -144,16 +145,17 @@ class TorchvisionDetector(MapsOnly):
     def soft_labels(self, look: Look, sampled: Sampled) -> tuple[Tensor, Tensor | None]:
         if self._two_stage:
             return self._second_stage(look, sampled.raw)[0], None
-        mask, grids = sampled.raw
-        theirs = self.dense(look)
-        mine_rows, their_rows, shared = shared_locations(grids, theirs.grids, mask.device)
+        image, location, grids = sampled.raw
+        theirs, device = self.dense(look), location.device
+        mine_rows, their_rows, shared = shared_locations(grids, theirs.grids, device)
         count = sum(grid.rows for grid in shared)
-        where = torch.arange(count, device=mask.device) if their_rows is None else their_rows
-        if mine_rows is not None:  # locations that the teacher does not have are left out
-            where = torch.full_like(mask[0], -1, dtype=torch.int64).index_put((mine_rows,), where)
-        image, location = mask.nonzero(as_tuple=True)
+        where = torch.arange(count, device=device) if their_rows is None else their_rows
+        if mine_rows is None:  # the teacher has a twin of every location
+            return theirs.logits[image, where[location]], None
+        total = sum(grid.rows for grid in grids)
+        where = torch.full((total,), -1, device=device).index_put((mine_rows,), where)
         twin = where[location]
-        rows = (twin >= 0).nonzero()[:, 0]
+        rows = (twin >= 0).nonzero()[:, 0]  # another wait: which of the positives have one
         return theirs.logits[image[rows], twin[rows]], rows
 
     def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
@@ -268,10 +270,12 @@ def _pack(truth: list[dict[str, Tensor]]) -> Targets:
 def _objects(logits: Tensor, drawn: Targets, box: Tensor, per_image: list[Tensor]) -> Sampled:
     """Those of the proposals that the student trains as objects."""
     mask = box >= 0
-    targets = Targets(drawn.boxes[mask], drawn.labels[mask], drawn.image_index[mask])
-    masks = mask.split([len(p) for p in per_image])
-    raw = [p[m] for p, m in zip(per_image, masks, strict=True)]
-    return Sampled(logits[mask], box[mask], targets, raw)
+    # The one wait of a step for the device: how many there are in each image.
+    counts = torch.stack([m.sum() for m in mask.split([len(p) for p in per_image])]).tolist()
+    rows = mask.to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)]
+    targets = Targets(drawn.boxes[rows], drawn.labels[rows], drawn.image_index[rows])
+    raw = torch.cat(per_image)[rows].split(counts)
+    return Sampled(logits[rows], box[rows], targets, raw)
 
 
 def _image_index(per_image: list[Tensor]) -> Tensor:

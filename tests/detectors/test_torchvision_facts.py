@@ -327,7 +327,7 @@ def test_levels_of_one_grid_are_not_mistaken_for_each_other():
     levels = torch.cat([torch.full((g.rows,), i) for i, g in enumerate(grids)])
     on_twins = [i for i, g in enumerate(grids)
                 if sum((h.height, h.width) == (g.height, g.width) for h in grids) > 1]  # fmt: skip
-    trained = levels[seen.sampled.raw[0].nonzero()[:, 1]]
+    trained = levels[seen.sampled.raw[1]]
     assert set(trained.tolist()) & set(on_twins)
     torch.testing.assert_close(soft, seen.sampled.logits, rtol=1e-4, atol=1e-4)
 
@@ -344,10 +344,10 @@ def test_a_teacher_padded_further_gives_soft_labels_of_the_same_cells(kind):
     soft, rows = reader.soft_labels(wide, seen.sampled)
     assert rows is None or len(rows) == len(seen.sampled.logits)
     # By hand: the cell at the same row, column and anchor of the same level.
-    mask, grids = seen.sampled.raw
+    numbers, locations, grids = seen.sampled.raw
     dense = reader.dense(wide)
     expected = []
-    for image, location in mask.nonzero().tolist():
+    for image, location in zip(numbers.tolist(), locations.tolist(), strict=True):
         first = mine = 0
         for a, b in zip(grids, dense.grids, strict=True):
             if location < mine + a.rows:
@@ -374,8 +374,8 @@ def test_levels_that_only_the_student_has_are_left_out():
     _, seen, _ = train(student, FACTS, (images, targets))
     reader = detector_of(teacher)
     soft, rows = reader.soft_labels(reader.look(seen.look.view), seen.sampled)
-    mask, grids = seen.sampled.raw
-    assert torch.equal(rows, (mask.nonzero()[:, 1] >= grids[0].rows).nonzero()[:, 0])
+    _, locations, grids = seen.sampled.raw
+    assert torch.equal(rows, (locations >= grids[0].rows).nonzero()[:, 0])
     assert 0 < len(rows) < len(seen.sampled.box)
     torch.testing.assert_close(soft, seen.sampled.logits[rows], rtol=1e-5, atol=1e-5)
 
