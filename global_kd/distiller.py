@@ -94,6 +94,7 @@ class Distiller(nn.Module):
     """
 
     losses: nn.ModuleDict
+    __call__: Callable[..., dict[str, Tensor]]  # nn.Module says Any
 
     def __init__(
         self,
