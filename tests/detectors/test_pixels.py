@@ -54,6 +54,17 @@ def test_padding_becomes_the_teachers():
     assert torch.equal(as_tensor, inside)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_padding_becomes_the_teachers_where_no_value_changes(dtype):
+    sizes, images = [(40, 30), (20, 56)], (255 * RGB).to(dtype)
+    grey = Pixels(scale=255, pad=114)
+    view = translate(View(images, sizes), Pixels(scale=255), Eyes(grey))
+    for image, given, (h, w) in zip(view.images, images, sizes, strict=True):
+        assert torch.equal(image[:, :h, :w], given[:, :h, :w].to(image.dtype))
+        assert (image[:, h:] == 114).all() and (image[:, :, w:] == 114).all()
+    assert torch.equal(images, (255 * RGB).to(dtype))  # the student's own stay as they are
+
+
 def test_a_canvas_without_sizes_gets_them_when_it_is_padded():
     view = translate(View(RGB), None, Eyes(None, divisor=32))
     assert [tuple(s) for s in view.sizes] == [(40, 56)] * 2
