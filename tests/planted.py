@@ -99,7 +99,7 @@ PLANTS = [
         "doctor/boxes.py",
         "x.boxes[keep].float() / scale",
         "x.boxes[keep].float()",
-        "tests/doctor",
+        "tests/doctor/test_boxes.py",
     ),
     Plant(
         "the doctor asks the teacher for its loss with dropout",
