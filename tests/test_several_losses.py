@@ -103,6 +103,20 @@ def test_omega_comes_from_the_prototypes_in_the_list():
         distiller(Wants(robust=True))
 
 
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_a_loss_that_weighs_nothing_itself_weighs_for_others(kind):
+    nothing = dict.fromkeys(("foreground", "background", "relation", "logits"), 0.0)
+    robust, keeper = Wants(robust=True), small_loss(4, **nothing)
+    student, kd = distiller([robust, keeper], kind)
+    history = train(student, kd, steps=3)
+    assert [*history[-1]] == ["kd_wants"] and keeper.step == 3 and keeper.bank.valid.any()
+    assert (robust.seen[2].omega < 1).any()
+    alone = small_loss(4, **nothing)  # nobody asks
+    student, kd = distiller([Wants(), alone], kind)
+    train(student, kd, steps=3)
+    assert alone.step == 0 and not alone.bank.valid.any()
+
+
 def test_a_fact_that_cannot_be_had_is_an_error_when_the_distiller_is_made():
     options = {"example_inputs": (IMAGES,)}
     with pytest.raises(

@@ -139,7 +139,7 @@ def _terms(
 def _levels(losses: Mapping[str, DistillLoss], pair: Pair, seen: Seen, looked: Look) -> list[Level]:
     strides = [pair.strides[0][i] for i in pair.levels[0]]
     adapting = next((loss for loss in losses.values() if len(loss.adapters)), None)
-    scale = getattr(getattr(adapting, "rdm", None), "finest_scale", None)
+    scale = None if adapting is None else adapting.finest_scale
     assigned = assign_levels(seen.truth.boxes, strides, scale)
     rows = []
     for n, (i, j) in enumerate(zip(*pair.levels, strict=True)):

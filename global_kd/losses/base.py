@@ -153,7 +153,9 @@ class DistillLoss(nn.Module):
     default_schedule: ClassVar[Mapping[str, Schedule]] = {}
     """By part; constant where not named."""
     keeps_prototypes: ClassVar[bool] = False
-    """Whether it has a bank, a generator, robust weights (:meth:`weigh`) and :meth:`refresh`."""
+    """Whether it has a bank, a generator, :meth:`weights_of` boxes and :meth:`refresh`."""
+    weighs_for_others: bool = False
+    """Whether a loss beside it asks for its robust weights; a :class:`global_kd.Distiller` says."""
 
     adapters: nn.ModuleList
     bank: PrototypeBank
@@ -251,6 +253,11 @@ class DistillLoss(nn.Module):
     def uses_prototypes(self) -> bool:
         """Whether some term depends on prototypes."""
         return False
+
+    @property
+    def finest_scale(self) -> float | None:
+        """Side in pixels up to whose double a box lies on the finest level; ``None``: by stride."""
+        return None
 
     def refresh(self) -> None:
         """New prototypes, in losses that keep some."""

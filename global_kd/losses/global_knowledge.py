@@ -65,11 +65,12 @@ class GlobalKnowledgeLoss(DistillLoss):
             positives (paper), or ``"ground_truth"``. Dense detectors use the ground truth.
         class_names: Of each class, the background included if it is counted; kept in the bank, so
             that it can be read and one for other classes is refused.
-        **rdm: With ``weights="confidence"`` an instance weighs the teacher's probability of its
-            class instead of omega (a box the largest of its positives); that needs class logits of
-            the teacher on the student's positives, and prototypes are for the relation term only.
-            The terms' weights and options, see :class:`global_kd.RobustDistillLoss`; the
-            paper's are ``**global_kd.PAPER``.
+        **rdm: The terms' weights and options, see :class:`global_kd.RobustDistillLoss`; the
+            paper's are ``**global_kd.PAPER``. With all weights 0 there are no terms, and what is
+            left is omega for the losses beside it that ask for it with ``robust=True``. With
+            ``weights="confidence"`` an instance weighs the teacher's probability of its class
+            instead of omega (a box the largest of its positives); that needs class logits of the
+            teacher on the student's positives, and prototypes are for the relation term only.
 
     Example:
         >>> import torch
@@ -231,7 +232,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         assert step.targets is not None
         targets, instances, box = self._on_which_boxes(step)
         rows = None
-        if self.rdm.uses_prototypes:
+        if self.uses_prototypes:
             rows = self._rows(step.student, step.teacher, targets, instances)
         positives = step.positives
         confidence = None
@@ -304,7 +305,16 @@ class GlobalKnowledgeLoss(DistillLoss):
 
     @property
     def uses_prototypes(self) -> bool:
-        return self.rdm.uses_prototypes
+        for_others = self.weighs_for_others and self.rdm.robust_by == "omega"
+        return self.rdm.uses_prototypes or for_others
+
+    @property
+    def finest_scale(self) -> float | None:
+        return self.rdm.finest_scale
+
+    @property
+    def active(self) -> bool:
+        return super().active or self.weighs_for_others
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the mathematics, ``self.rdm``; prototypes and counting stay outside."""
