@@ -56,7 +56,8 @@ def detectors(student: Any, teacher: Any) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         TypeError: What is no detector: a path, a state dictionary, a loss.
-        ValueError: One network in both roles, an average in training, two devices.
+        ValueError: One network in both roles, an average in training, two devices, a student with
+            nothing to train.
     """
     for role, model in (("student", student), ("teacher", teacher)):
         if (why := _no_detector(role, model)) is not None:
@@ -67,6 +68,11 @@ def detectors(student: Any, teacher: Any) -> tuple[nn.Module, nn.Module]:
             "pass the model whose parameters the optimizer holds"
         )
     bare = unwrap(student), unwrap(teacher)
+    if next(bare[0].parameters(), None) is None:
+        raise ValueError(
+            f"student: expected a detector with parameters to train, but {type(bare[0]).__name__} "
+            "has none; exported and quantised models can be teachers"
+        )
     mine, theirs = ({id(p) for p in model.parameters()} for model in bare)
     if bare[0] is bare[1] or (mine and mine == theirs):
         raise ValueError(

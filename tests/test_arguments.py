@@ -172,6 +172,20 @@ def test_torchscript_is_no_detector(how):
         distil(teacher=module)
 
 
+def test_a_student_has_something_to_train():
+    student = Detector(4)
+    for module in student.modules():  # as quantised models are: their weights are buffers
+        for name, x in list(module._parameters.items()):
+            delattr(module, name)
+            module.register_buffer(name, None if x is None else x.detach())
+    with pytest.raises(ValueError, match=r"student: .* parameters to train, but Detector has none"):
+        distil(student=student)
+    pupil = Detector(9)
+    kd = distil(pupil, student)  # but such a one can teach
+    pupil(IMAGES)
+    assert kd(IMAGES, BOXES)
+
+
 def test_a_distiller_is_no_detector():
     kd = distil()
     with pytest.raises(TypeError, match=r"student: .* got a Distiller; pass the network itself"):
