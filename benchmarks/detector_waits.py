@@ -1,14 +1,15 @@
 """How often one `kd(images, targets)` of a real detector would make a GPU's host wait.
 
 Counted on a CPU, where nothing waits: reading a number, and operations whose output has a shape
-that depends on values. `Targets.validate` is left out, since it looks at values on a CPU only, and
-so is the first step, in which a Distiller looks once on any device.
+that depends on values. What looks at values on a CPU only is left out, and so is the first step, in
+which a Distiller looks once on any device.
 """
 
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+from global_kd import Distiller, GlobalKnowledgeLoss, Targets, pair
+from global_kd.doctor import Alarm
 from global_kd.ops.dispatch import force
 
 _PACKAGES = ("global_kd", "torchvision")
+_ON_A_CPU = ((Targets, "validate"), (pair, "refuse_strangers"), (Alarm, "_look"))
 _READING = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # no operation on a CPU
 
 
@@ -61,8 +64,11 @@ class _Operations(TorchDispatchMode):
 def places(work: Callable[[], Any], waits: Callable[[Any, Any], bool]) -> Counter[str]:
     """How often work would make a host wait, by the file whose code does."""
     seen: Counter[str] = Counter()
-    without = patch.object(Targets, "validate", lambda self, **_: None)
-    with without, force("definition"), _Reads(seen), _Operations(seen, waits):
+    with ExitStack() as entered:
+        for owner, name in _ON_A_CPU:
+            entered.enter_context(patch.object(owner, name, lambda *_, **__: None))
+        for mode in (force("definition"), _Reads(seen), _Operations(seen, waits)):
+            entered.enter_context(mode)
         work()
     return seen
 

@@ -84,14 +84,14 @@ def test_in_every_dtype(op, dtype):
 @pytest.mark.parametrize("student", [0.0, 7.0, 1e4, None])
 @pytest.mark.parametrize("teacher", [0.0, -3.0, None])
 def test_of_zero_and_constant_maps(op, student, teacher):
-    if op is attended_means and student == 1e4:
-        pytest.skip("a softmax of logits that large is not exact in float32, in any form")
     maps = [random((2, 3, 5, 7), i, torch.float32) for i in range(2)]
     for x, value in zip(maps, (student, teacher)):
         if value is not None:
             x[:, 1:] = value  # beside a channel that is not
     mine, exact = both_forms(op, *maps)[0], both_forms(op, *(x.double() for x in maps))[1]
     assert mine[1].isfinite().all()
+    if op is attended_means and student == 1e4:
+        return  # a softmax of logits that large is not exact in float32, in any form
     for a, b in zip(mine, exact):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
 
