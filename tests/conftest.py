@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -17,7 +18,7 @@ settings.register_profile(
     "global_kd",
     deadline=None,
     derandomize=True,
-    max_examples=30,
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "30")),
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("global_kd")
