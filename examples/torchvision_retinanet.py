@@ -51,7 +51,7 @@ def train(
             data.num_classes,
             total_steps=steps,
             refresh_every=max(1, steps // 10),  # a few times in the training: often once an epoch
-            min_side=10,  # these objects are small: the default leaves out those under 30 px
+            min_side=10,  # objects are small here: the default leaves out those under 15 px
         )
         kd = Distiller(student, teacher, loss)
     parameters = [*student.parameters(), *([] if kd is None else kd.parameters())]

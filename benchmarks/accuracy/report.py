@@ -334,7 +334,7 @@ def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
 def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     """Mean AP of each arm over the training, over the seeds that all arms with curves have.
 
-    Arms without omega are left out.
+    Arms without omega are left out. Two points make no curve: then there is none.
     """
     curves = {
         arm.name: {seed: run["curve"] for seed, run in found[arm.name].items() if run.get("curve")}
@@ -343,7 +343,8 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     }
     curves = {name: runs for name, runs in curves.items() if runs}
     seeds = sorted(set.intersection(*map(set, curves.values()))) if curves else []
-    if not seeds:
+    longest = max((len(x) for runs in curves.values() for x in runs.values()), default=0)
+    if not seeds or longest < 3:
         return False
     figure, plot = _figure(7, 4.2)
     for n, (name, runs) in enumerate(curves.items()):
@@ -358,7 +359,7 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
         plot.plot(x, [100 * ap for ap in y], style, label=name)
     plot.set_xlabel("iterations")
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    plot.set_ylabel(f"AP in percent on {CURVE_SCENES} scenes, {over}")
+    plot.set_ylabel(f"AP in percent on {CURVE_SCENES} images, {over}")
     plot.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return _save(figure, file)
 

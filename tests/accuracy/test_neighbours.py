@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import report
+from benchmarks.accuracy.declaration import Arm, Table
 from benchmarks.accuracy.neighbours import agreement, gather, looks_of, measure, prototypes, right
 from benchmarks.accuracy.real import Real
 from benchmarks.accuracy.store import Store
@@ -107,3 +108,14 @@ def test_curves_with_fewer_points_are_drawn_at_those_that_all_have():
     assert report._thinned([25, 50, 75, 100], 2) == [50, 100]
     assert report._thinned([25, 50, 75, 100], 4) == [25, 50, 75, 100]
     assert report._thinned([30, 60, 90], 1) == [90]
+
+
+def test_two_points_make_no_curve(tmp_path):
+    trial = Real("bccd").student()
+    arms = (Arm("none", trial, ()), Arm("defaults", trial, ("none",)))
+    points = [{"iteration": 100 * n, "AP": 0.1 * n} for n in (1, 2, 3)]
+    for count, drawn in ((2, False), (3, True)):
+        found = {arm.name: {0: {"curve": points[:count]}} for arm in arms}
+        file = tmp_path / f"{count}.png"
+        assert report.draw_curves(Table("t", "A table", 1, arms), found, file) is drawn
+        assert file.exists() is drawn
