@@ -253,9 +253,11 @@ def words(size: Size) -> str:
 
 
 def times(case: Mapping[str, Any], rival: str) -> float | None:
-    """How many times a rival's time the library takes."""
+    """How many times a rival's time the library takes; of one with another answer `None`."""
     rows = case.get("contestants", {})
     if any("wall" not in rows.get(who, {}) for who in (LIBRARY, rival)):
+        return None
+    if not rows[rival].get("gate", True):
         return None
     return float(rows[LIBRARY]["wall"]["median_s"] / rows[rival]["wall"]["median_s"])
 

@@ -156,9 +156,7 @@ class Real:
     def question_2(self) -> list[Table]:
         """Untuned at one share, tuned on the tuning split, and at the best share there."""
         shares = {name: USUAL_SHARE for name in ("defaults", *METHODS)}
-        tables = [
-            self._methods("q2-share", f"Every method at a share of {USUAL_SHARE:g}", 3, shares)
-        ]
+        tables = self._methods("share", f"at a share of {USUAL_SHARE:g}", 3, shares)
         base = self.student(held_out=True)
         arms = [Arm("none", base, ())]
         for share in SHARES:
@@ -167,24 +165,29 @@ class Real:
                     Arm(f"{name}, {share:g}", self.taught(base, self.at_share(name, share)))
                 )
         title = "Every method at three shares of the detection gradient (tuning split)"
-        tables.append(Table(f"{self.source}-q2-tuning", title, 4, tuple(arms), seeds=1))
+        tables.append(Table(f"{self.source}-q2-tuning", title, 5, tuple(arms), seeds=1))
         if best := BEST.get(self.source):
-            tables.append(self._methods("q2-methods", "Every method at its best share", 5, best))
+            tables += self._methods("methods", "at its best share", 6, best)
         return tables
 
-    def _methods(self, key: str, title: str, rank: int, shares: Mapping[str, float]) -> Table:
-        """Methods alone, then each with global knowledge beside it (question 3)."""
+    def _methods(
+        self, key: str, how_strong: str, rank: int, shares: Mapping[str, float]
+    ) -> list[Table]:
+        """Methods alone, and each with global knowledge beside it (question 3)."""
         base = self.student()
         alone = [Arm("none", base, ()), Arm("defaults", self.taught(base, self.method()))]
-        joined = []
+        joined = list(alone)
         for name, share in shares.items():
             how, label = self.at_share(name, share), f"{name}, {share:g}"
             alone.append(Arm(label, self.taught(base, how), ("none", "defaults")))
             if name != "defaults":
                 both = Others(name, share, robust=True, beside=self.method())
-                against = ("none", "defaults", label)
-                joined.append(Arm(f"{label} + global", self.taught(base, both), against))
-        return Table(f"{self.source}-{key}", title, rank, (*alone, *joined))
+                joined += [alone[-1], Arm(f"{label} + global", self.taught(base, both), (label,))]
+        titles = f"Every method {how_strong}", f"Every method {how_strong} with global knowledge"
+        return [
+            Table(f"{self.source}-q2-{key}", titles[0], rank, tuple(alone)),
+            Table(f"{self.source}-q3-{key}", titles[1], rank + 1, tuple(joined)),
+        ]
 
     def at_share(self, name: str, share: float) -> Others:
         """A method whose terms pull together with a share of the detection gradient."""
