@@ -96,6 +96,7 @@ class Distiller(nn.Module):
     losses: nn.ModuleDict
     __call__: Callable[..., dict[str, Tensor]]  # nn.Module says Any
 
+    @torch.inference_mode(False)  # what is made here is trained
     def __init__(
         self,
         student: nn.Module,
@@ -251,10 +252,13 @@ class Distiller(nn.Module):
         facts = self._wanted - _OF_TRUTH - {"proposals"}
         with self._pair.teaching():
             step = self._pair.unlabelled(images, facts)
+        if self.training:
+            self._watch.gradients(step.student)
         terms: dict[str, Tensor] = {}
         for name, loss in active.items():
             terms |= loss(step.student, step.teacher, None, **self._given(step, name))
         if self.training:
+            self._alarm.hear(terms, None)
             self._watch.step()
         return terms
 

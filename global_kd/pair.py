@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
 from .detectors.given import refuse_other, refuse_strangers
+from .detectors.pixels import in_colours, telling_channels
 from .hooks import (
     FeatureTap,
     evaluating,
@@ -95,7 +96,8 @@ class Pair:
             # optimizer made now would be given those, and they do not stay.
             for module in sharded_modules(self.models[0]):
                 module.reshard()
-            with evaluating(self.models[1]):
+            teacher = self.models[1]
+            with evaluating(teacher), telling_channels(seen.view.images, teacher):
                 return seen, self.look(seen.view)
 
     @contextmanager
@@ -127,6 +129,7 @@ class Pair:
 
     def look(self, view: View) -> Look:
         """The teacher's maps of what the student saw."""
+        view = replace(view, images=in_colours(view.images, self.models[1]))
         view = translate(view, self.student.pixels, self.teacher, scale=self.scale)
         return self.teacher.look(view)
 

@@ -103,3 +103,39 @@ def test_the_middle_of_a_chain_trains_on():
     forward(kind, small)
     lower(*batch(kind))
     assert not any(m.training for m in middle.modules())
+
+
+class Restless(Detector):
+    """Its maps tell how often it has run in training."""
+
+    times = 0
+
+    def forward(self, images):
+        self.times += self.training
+        return super().forward(images * self.times)
+
+
+def own_loss(model):
+    return sum(x.float().square().mean() for x in model(IMAGES))
+
+
+@pytest.mark.parametrize("look", ["check", "calibrate"])
+@pytest.mark.parametrize("role", ["two teachers of one student", "each teaches the other"])
+def test_a_look_of_one_distiller_is_no_forward_of_another(role, look):
+    """It ends with what the other would have been without."""
+
+    def run(looking):
+        torch.manual_seed(0)
+        a, b, c = Restless(4).train(), Restless(8).train(), Restless(6).train()
+        first, second = (a, b), (a, c) if role == "two teachers of one student" else (b, a)
+        looks, other = (distiller("home-made", *pair) for pair in (first, second))
+        forward("home-made", second[0])
+        if looking:
+            getattr(looks, look)(IMAGES, BOXES, detection_loss=own_loss, verbose=False)
+        terms = other(IMAGES, BOXES)
+        sum(terms.values()).backward()
+        return terms, [p.grad for p in second[0].parameters()]
+
+    (terms, gradients), (others, same) = run(looking=False), run(looking=True)
+    assert {k: v.item() for k, v in terms.items()} == {k: v.item() for k, v in others.items()}
+    assert all(x is y or torch.equal(x, y) for x, y in zip(gradients, same, strict=True))

@@ -53,3 +53,13 @@ def test_a_loss_that_needs_ground_truth_says_so():
     kd = Distiller(student, detector("fcos"), [PKD(), small_loss(4)])
     with pytest.raises(ValueError, match="but GlobalKnowledgeLoss needs targets; make a Distiller"):
         kd.distil(scenes()[0])
+
+
+def test_a_frozen_student_and_a_term_that_is_not_finite_are_told():
+    student, teacher = detector("fcos"), detector("fcos")
+    student.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no parameter of the student requires a gradient"):
+        Distiller(student, teacher, PKD()).distil(scenes()[0])
+    teacher.backbone.stem.weight.data.fill_(torch.inf)
+    with pytest.warns(UserWarning, match="kd_pkd is nan: look for NaN"):
+        Distiller(detector("fcos"), teacher, PKD()).distil(scenes()[0])

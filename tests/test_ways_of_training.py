@@ -24,6 +24,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from global_kd import Distiller, GlobalKnowledgeLoss, Targets
 from global_kd.ops.dispatch import force
 
+from .detectors.detectors import detector, scenes
+from .small_loss import small_loss
 from .watch import Graphs
 
 CLASSES = 3
@@ -525,6 +527,33 @@ def test_the_students_file_knows_nothing_of_distillation():
 
 
 # --- data as it comes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["made", "first step", "refresh"])
+def test_inference_mode_before_training(what):
+    """What was begun in inference mode, as a sanity validation is, goes on outside of it."""
+
+    def run(inside):
+        torch.manual_seed(0)
+        student, teacher = detector("retinanet", 4).train(), detector("retinanet", 8)
+        images, targets = scenes()
+        with torch.inference_mode(inside and what == "made"):
+            kd = Distiller(student, teacher, small_loss(4, seed=1))
+        with torch.inference_mode(inside and what != "made"):
+            if what == "first step":
+                student(images, targets)
+                kd(images, targets)
+            elif what == "refresh":
+                kd.refresh([(images, targets)], progress=False)
+        for _ in range(4):  # past a refresh from the stream
+            student(images, targets)
+            sum(kd(images, targets).values()).backward()
+        assert kd.loss.bank.valid.any()
+        return [p.grad for p in kd.parameters()]
+
+    for a, b in zip(run(inside=True), run(inside=False), strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b)
 
 
 def test_class_lists_with_gaps_and_a_class_seen_once():

@@ -30,7 +30,7 @@ def refuse_other(student: Called, call: Call | None, images: Any, targets: Any) 
     """Compare what is given with what the student was called with.
 
     Nothing waits for an accelerator where tensors are the same ones. Copies are compared by value,
-    and those of another dtype or device by their shape alone.
+    those of another dtype up to a cast, and those on another device by their shape alone.
 
     Raises:
         ValueError: Other images or boxes, another order or number, or tensors that were written in
@@ -85,6 +85,22 @@ def one_each(targets: Sequence[Any], images: int, name: str = "targets") -> None
         raise ValueError(
             f"{name}: expected {images} entries, one per image, but got {len(targets)}; an image "
             "without objects has an entry with boxes of shape (0, 4)"
+        )
+
+
+def refuse_other_format(name: str, boxes: Any, takes: str) -> None:
+    """Boxes that say their format (``tv_tensors.BoundingBoxes``) to a model that does not ask.
+
+    Raises:
+        ValueError: It is another than the one that the model takes them for.
+    """
+    kind = getattr(boxes, "format", takes)
+    kind = getattr(kind, "value", kind)
+    if kind != takes:
+        raise ValueError(
+            f"{name}: expected boxes in the format {takes}, for which the student takes the "
+            f"numbers, but got {kind}; convert them before its forward, with "
+            f"torchvision.transforms.v2.ConvertBoundingBoxFormat({takes!r})"
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..hooks import evaluating, feature_maps, input_channels
 from ..targets import Targets
 from .given import taken
-from .pixels import Pixels, View
+from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Seen
 
 _EXAMPLE_SIZE = 256  # two cells of a stride-128 level
@@ -66,7 +66,7 @@ class MMDetDetector(MapsOnly):
         return View(torch.zeros(size, dtype=like.dtype, device=like.device))
 
     def look(self, view: View) -> Look:
-        features = self.model.backbone(view.images)
+        features = self.model.backbone(fitting(view.images, self.model))
         if self._neck is not None:
             features = self._neck(features)
         return Look(feature_maps(features), view)
@@ -118,7 +118,8 @@ class MMDetDetector(MapsOnly):
             for h, w in sizes
         ]
         with torch.no_grad(), evaluating(self.model):
-            samples = self.model.predict(view.images, samples, rescale=False)
+            images = fitting(view.images, self.model)
+            samples = self.model.predict(images, samples, rescale=False)
         found = [x.pred_instances for x in samples]
         return [Detections(_boxes(x), x.scores, x.labels) for x in found]
 

@@ -1,7 +1,7 @@
 """Any detector, by the module that puts out its pyramid."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,10 +139,12 @@ class ModuleDetector(MapsOnly):
     def _refuse_permuted(self, look: Look, argument: str) -> None:
         """Once: a grid of channels, as maps (B, H, W, C) have that are taken for (B, C, H, W)."""
         if not look.maps:
+            output = self._tap.run(*self._example)["features"]
+            once = "; let it return a list" if isinstance(output, Iterator) else ""
             raise ValueError(
                 f"{argument}: expected a module that puts out maps (B, C, H, W), but "
-                f"{self.taps['features']!r} puts out none; find_pyramids(model, *example_inputs) "
-                "lists modules that do"
+                f"{self.taps['features']!r} puts out a {type(output).__name__} without any{once}; "
+                "find_pyramids(model, *example_inputs) lists modules that do"
             )
         for x in look.maps:
             _, first, second, third = x.shape

@@ -1,12 +1,15 @@
 """A batch as a network saw it, and the same batch as another network takes it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ..hooks import input_channels
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,28 @@ def translate(view: View, source: Pixels | None, target: Taker, *, scale: float 
             sizes = [tuple(x.shape[-2:])] * len(x)
         x = functional.pad(x, (0, right, 0, down), value=pad)
     return view if x is view.images else View(x, sizes)
+
+
+def in_colours(images: Any, model: nn.Module) -> Any:
+    """Grey images in the three equal channels of a model that takes colours; all else as it is."""
+    grey = isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == 1
+    return images.expand(-1, 3, -1, -1) if grey and input_channels(model) == 3 else images
+
+
+@contextmanager
+def telling_channels(images: Any, model: nn.Module) -> Iterator[None]:
+    """Context of a teacher's first look at a student's images: what fails may be their channels."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        takes = input_channels(model)
+        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] in (1, takes):
+            raise
+        raise ValueError(
+            f"teacher: expected a detector that takes the student's {images.shape[1]} channels, "
+            f"but {type(model).__name__} takes {takes} ({error}); let a module make its images of "
+            "the student's, as in self.net(x[:, :3]) (docs/own_detector.md)"
+        ) from error
 
 
 def fitting(images: Any, model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from ..hooks import resolve
 from .frameworks import detector_of
 from .module import ModuleDetector, refuse_other_inputs
 from .own_head import ReadHead
-from .pixels import Pixels
+from .pixels import Pixels, in_colours, telling_channels
 from .protocol import Detector
 
 
@@ -41,7 +41,13 @@ def reader(
     if known is None:
         inputs = _example_inputs(role, model, path, example_inputs)
         argument = f"{role}_path"
-        known = ModuleDetector(model, path, inputs, argument=argument, layout=layout, dense=dense)
+        options: dict[str, Any] = {"argument": argument, "layout": layout, "dense": dense}
+        if role == "student":
+            known = ModuleDetector(model, path, inputs, **options)
+        else:  # its example is the student's
+            inputs = [in_colours(x, model) for x in inputs]
+            with telling_channels(inputs[0], model):
+                known = ModuleDetector(model, path, inputs, **options)
     if pixels is not None:
         known.pixels = pixels
     return known

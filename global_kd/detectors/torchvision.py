@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..hooks import evaluating, feature_maps
 from ..step import Dense, Hidden, RegionOutputs, shared_locations
 from ..targets import Targets
-from .given import one_each, taken, unpacked
+from .given import one_each, refuse_other_format, taken, unpacked
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 from .torchvision_dense import DenseHead, family, firsts
@@ -130,7 +130,7 @@ class TorchvisionDetector(MapsOnly):
                     "targets: expected the targets that the student was called with, a list of one "
                     f"dictionary per image, but got {type(targets).__name__}"
                 )
-            targets = [_truth_in(x) for x in targets]
+            targets = [_truth_in(i, x) for i, x in enumerate(targets)]
         return {"images": list(images), "targets": targets}
 
     def see(self, images: Any) -> View:
@@ -139,6 +139,8 @@ class TorchvisionDetector(MapsOnly):
 
     def observe(self, images: Any, targets: Any) -> Seen:
         one_each(targets, len(images))
+        for i, target in enumerate(targets):
+            _truth_in(i, target)
         transformed, truth = self.model.transform(list(images), list(targets))
         return Seen(self.look(View(transformed.tensors, transformed.image_sizes)), _pack(truth))
 
@@ -257,9 +259,10 @@ class TorchvisionDetector(MapsOnly):
         return drawn, torch.where(label > 0, box, -1)
 
 
-def _truth_in(target: Any) -> Any:
+def _truth_in(i: int, target: Any) -> Any:
     if not isinstance(target, Mapping):
         return target
+    refuse_other_format(f"targets[{i}]['boxes']", target.get("boxes"), "XYXY")
     return {key: target[key] for key in ("boxes", "labels") if key in target}
 
 

@@ -35,6 +35,7 @@ class DenseHead:
         self.activation = "softmax" if family == "ssd" else "sigmoid"
         self.background = 0 if family == "ssd" else None
         self._anchored = model.rpn if family == "two-stage" else model
+        self._strides: tuple[float, ...] | None = None
         if family == "two-stage":  # its head puts out both logits and boxes
             self._taps = {
                 "dense logits": ("rpn.head", {"dense", "boxes", "priors"}),
@@ -61,11 +62,11 @@ class DenseHead:
             anchors = self.model.anchor_generator.num_anchors_per_location()
         else:  # one head for all levels
             anchors = [rows // sum(height * width for height, width in sizes)] * len(sizes)
+        if self._strides is None:  # of the dry pass, whose canvas tells levels of one cell apart
+            self._strides = infer_strides(view.size, sizes)
         return tuple(
             Grid(stride, *size, anchors=count)
-            for stride, size, count in zip(
-                infer_strides(view.size, sizes), sizes, anchors, strict=True
-            )
+            for stride, size, count in zip(self._strides, sizes, anchors, strict=True)
         )
 
     def read(

@@ -20,7 +20,7 @@ from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
 from ..step import Dense, Queries
 from ..targets import Targets
 from . import lw_detr, rt_detr
-from .given import one_each, taken, unpacked
+from .given import one_each, refuse_other_format, taken, unpacked
 from .pixels import IMAGENET, Pixels, View
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -310,6 +310,8 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
             f"{labels!r}"
         )
     one_each(labels, len(view.images), "labels")
+    for i, x in enumerate(labels):
+        refuse_other_format(f"labels[{i}]['boxes']", x["boxes"], "CXCYWH")
     # Written where they are to be: a copy from the processor would make an accelerator wait.
     image_index = torch.cat(
         [

@@ -24,7 +24,7 @@ from ..hooks import FeatureTap, evaluating, tensors_in
 from ..step import Dense, Hidden
 from ..targets import Targets
 from . import rt_detr
-from .given import taken
+from .given import refuse_other_format, taken
 from .locations import beside
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
@@ -249,6 +249,7 @@ class UltralyticsDetector(MapsOnly):
 
 
 def _truth(batch: dict[str, Any]) -> Targets:
+    refuse_other_format("bboxes", batch["bboxes"], "CXCYWH")
     centre, side = batch["bboxes"].float().split(2, dim=1)
     size = side.new_tensor(batch["img"].shape[-2:][::-1])
     boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1) * size.repeat(2)

@@ -195,18 +195,20 @@ def arguments(model: Any) -> Iterator[None]:
     before Ultralytics' defaults. Afterwards the model's own are back, and its own criterion.
     """
     known = getattr(model, "args", None)
-    if all(hasattr(known, gain) for gain in _GAINS):
+    if all(hasattr(known, gain) for gain in _GAINS) and hasattr(model, "nc"):
         yield
         return
     from ultralytics.cfg import get_cfg
 
     given = dict(known) if isinstance(known, Mapping) else vars(known) if known else {}
-    before = {x: getattr(model, x) for x in ("args", "criterion") if hasattr(model, x)}
+    names = ("args", "criterion", "nc")
+    before = {x: getattr(model, x) for x in names if hasattr(model, x)}
     model.args, model.criterion = SimpleNamespace(**(vars(get_cfg()) | given)), None
+    model.nc = before.get("nc", model.model[-1].nc)  # the trainer's, too; RT-DETR's loss reads it
     try:
         yield
     finally:
-        for name in ("args", "criterion"):
+        for name in names:
             if name in before:
                 setattr(model, name, before[name])
             else:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from ..losses.base import DistillLoss
 from ..targets import Targets
 from .batch import ENOUGH
@@ -18,6 +20,13 @@ def prototype_facts(
             f"none of the batch's {len(truth)} boxes is larger than min_side="
             f"{least:g} pixels of the network input both ways, so none of them "
             "can become a prototype; pass a smaller min_side"
+        )
+    elif keeper.uses_prototypes and (lost := _too_small(truth.labels, small)):
+        names = keeper.bank.class_names
+        told = ", ".join(f"class {k}" if names is None else names[k] for k in lost)
+        facts.append(
+            f"larger than min_side={least:g} pixels both ways, as a prototype must be, is no box "
+            f"of {told} in this batch"
         )
     if not keeper.bank.valid.any():
         facts.append(
@@ -37,3 +46,8 @@ def schedule_problems(keeper: DistillLoss) -> Iterable[str]:
             "the training stream, omega stays 1 and kd_relation 0; pass refresh_every=len(loader), "
             "or call kd.refresh(loader) before the first epoch"
         )
+
+
+def _too_small(labels: Tensor, small: Tensor) -> list[int]:
+    """Classes of which there are boxes, all of them small."""
+    return sorted(set(labels.tolist()) - set(labels[~small].tolist()))

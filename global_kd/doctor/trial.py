@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors import Detector, Look, Seen
-from ..hooks import FeatureTap, set_mode
+from ..hooks import FeatureTap, quiet, set_mode
 from ..losses.base import DistillLoss
 from ..pair import Pair
 from .untouched import untouched, wait_for_no_rank
@@ -84,7 +84,7 @@ def trial(
         ValueError: It is not.
     """
     student, teacher = setup.pair.models
-    with untouched(student, teacher), setup.tap.aside():
+    with untouched(student, teacher), setup.tap.aside(), quiet(teacher):
         student.train()
         wait_for_no_rank(student)
         set_mode(teacher, False)

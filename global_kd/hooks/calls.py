@@ -40,14 +40,16 @@ class Call:
     def same(self, x: Tensor, argument: Tensor) -> bool:
         """Whether a tensor of an argument's shape holds what the call was given.
 
-        An accelerator waits only where they are not the same tensor. Of another dtype or device:
-        yes, since nothing is known.
+        An accelerator waits only where they are not the same tensor. Of another dtype: up to a
+        cast of one to the other. Of another device: yes, since nothing is known.
         """
         if _same_memory(x, argument):
             return self._untouched(argument)
-        if x.dtype != argument.dtype or x.device != argument.device:
+        if x.device != argument.device:
             return True
-        return torch.equal(x, argument)
+        if x.dtype != argument.dtype and torch.equal(x, argument.to(x.dtype)):
+            return True
+        return torch.equal(x.to(argument.dtype), argument)
 
     def _untouched(self, argument: Tensor) -> bool:
         for y, version in zip(self._tensors, self._versions, strict=False):

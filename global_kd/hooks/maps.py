@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence, ValuesView
 from typing import Any
 
 from torch import Tensor, nn
+
+from .record import attributes_of
 
 
 def feature_maps(output: Any) -> list[Tensor]:
@@ -25,7 +27,7 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, Mapping):
         inner = list(value.values())
-    elif isinstance(value, (tuple, MutableSequence)):  # a deque is one, too
+    elif isinstance(value, (tuple, MutableSequence, ValuesView)):  # a deque is one, too
         inner = list(value)
     elif isinstance(value, (type, nn.Module)):
         return []
@@ -36,11 +38,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     elif isinstance(tensors := getattr(value, "tensors", None), Tensor):
         return [tensors]
     else:  # attributes of an object of somebody's own; not objects within that object
-        inner = (
-            [x for x in vars(value).values() if isinstance(x, (Tensor, Mapping, list, tuple))]
-            if hasattr(value, "__dict__") and not callable(value)
-            else []
-        )
+        held = () if callable(value) else attributes_of(value).values()
+        inner = [x for x in held if isinstance(x, (Tensor, Mapping, list, tuple))]
     return list({id(x): x for item in inner for x in tensors_in(item)}.values())
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping, MutableSequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, ValuesView
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -82,6 +82,8 @@ def _copied(value: Any, twins: _Twins, tensors: list[Tensor], clone: bool, depth
         if hasattr(value, "_fields"):  # a named tuple
             return type(value)(*parts)
         return value if isinstance(value, torch.Size) else tuple(parts)
+    if isinstance(value, ValuesView):  # it shows what its mapping holds by then
+        return [_copied(x, *rest) for x in value]
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return {key: _copied(x, *rest) for key, x in value.items()}
     if isinstance(value, (MutableSequence, Mapping)):  # a deque is one, too
@@ -98,9 +100,8 @@ def _copied_object(
 ) -> Any:
     """A twin of an object with attributes; where it can be, no code of its class runs."""
     kind: Any = type(value)
-    attributes = getattr(value, "__dict__", {})
-    names = [*attributes, *(name for c in kind.__mro__ for name in _slots(c))]
-    if not names:
+    held = attributes_of(value)
+    if not held:
         return value
     if kind.__new__ is object.__new__:
         twin = object.__new__(kind)
@@ -112,17 +113,25 @@ def _copied_object(
         if twin is value:  # a member of an enumeration
             return value
     twins.add(value, twin)
-    for name in names:
-        try:
-            x = object.__getattribute__(value, name)
-        except AttributeError:  # a slot that holds nothing
-            continue
+    for name, x in held.items():
         x = _copied(x, twins, tensors, clone, depth)
-        if name in attributes:
+        if name in getattr(value, "__dict__", {}):
             twin.__dict__[name] = x  # also where a class refuses to be assigned to
         else:
             object.__setattr__(twin, name, x)
     return twin
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What an object holds, in its dictionary and in slots; no code of its class runs."""
+    names = [*getattr(value, "__dict__", ()), *(n for c in type(value).__mro__ for n in _slots(c))]
+    held = {}
+    for name in names:
+        try:  # torch.compile of 2.4 does not trace contextlib.suppress
+            held[name] = object.__getattribute__(value, name)
+        except AttributeError:  # a slot that holds nothing
+            continue
+    return held
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -149,6 +158,7 @@ class Record:
         versions: Of each at that moment.
         where: The tap: the model's mode, whether the run stops at the last tap, and the name.
         cloned: Whether ``value`` is out of reach of whoever writes into the module's tensors.
+        overwritten: Whether clones tell of a write that nobody counted; see :meth:`compare`.
     """
 
     value: Any
@@ -157,10 +167,20 @@ class Record:
     versions: list[int | None]
     cloned: bool
     where: tuple[bool, bool, str]
+    overwritten: bool = False
+
+    def compare(self) -> bool:
+        """Whether something wrote past the counter (``x.data``, NumPy); an accelerator waits."""
+        clones: list[Tensor] = []
+        snapshot(self.value, clones)
+        self.overwritten = self.cloned and not all(map(_equal, clones, self.tensors))
+        return self.overwritten
 
     @property
     def written(self) -> bool | None:
         """Whether a tensor of the module was written in place since; ``None``: nobody counts."""
+        if self.overwritten:
+            return True
         if any(v is None for v in self.versions):
             return None
         return [version_of(x) for x in self.tensors] != self.versions
@@ -173,6 +193,13 @@ class Record:
         another order, and a training would depend on when its first forward was.
         """
         return self.plain if self.written is False else self.value
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    try:
+        return torch.equal(x, y)
+    except (NotImplementedError, RuntimeError):  # of tensors that nobody can look into
+        return True
 
 
 def record_of(value: Any, clone: bool, where: tuple[bool, bool, str]) -> Record:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Recorder:
         self.mode = self.recording = self.stopping = False
         self.muted = 0
         self.was_written: dict[tuple[bool, bool, str], bool] = {}  # by mode, whether it stops, name
+        self.uncounted: set[tuple[bool, bool, str]] = set()  # where writes pass by the counter
         self.forget()
 
     def forget(self) -> None:
@@ -68,6 +69,10 @@ class _Recorder:
 
     def learn(self, record: Record) -> None:
         """Whether this tap has to clone from now on; once it has to, it does so always."""
+        if record.where in self.uncounted:
+            record.overwritten = True
+        elif record.where not in self.was_written and not record.written and record.compare():
+            self.uncounted.add(record.where)
         if (written := record.written) is not None:
             known = self.was_written.get(record.where, False)
             self.was_written[record.where] = known or written
@@ -258,13 +263,16 @@ class FeatureTap:
     def aside(self) -> Iterator[None]:
         """Context in which other forwards are recorded and read; then the present records are back.
 
-        A training forward that still waits to be read is not lost to a look in between.
+        A training forward that still waits to be read is not lost to a look in between, and other
+        taps on the model do not take the look for one.
         """
         recorder = self._recorder
         kept = recorder.records, recorder.calls, recorder.trained, recorder.trained_again
         recorder.forget()
+        muted = quiet(self._model, but=recorder) if self._model is not None else nullcontext()
         try:
-            yield
+            with muted:
+                yield
         finally:
             recorder.records, recorder.calls, recorder.trained, recorder.trained_again = kept
 

@@ -373,6 +373,7 @@ class DistillLoss(nn.Module):
             _check.one_of("schedule", term, found)
         return found | dict(given or {})
 
+    @torch.inference_mode(False)  # what is made here is trained
     def build(self, levels: Levels) -> None:
         """Make what depends on the two detectors. A second call with the same changes nothing.
 

@@ -187,7 +187,9 @@ class PrototypeGenerator(nn.Module):
         sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).amin(dim=1).float()
         if self._offers is None:
             # The outer columns take labels outside [0, K), which nobody checks on an accelerator.
-            self._offers = sides.new_zeros(2, self.num_classes + 2)
+            # Counted on in later steps, which may be outside of inference mode.
+            with torch.inference_mode(False):
+                self._offers = torch.zeros(2, self.num_classes + 2, device=sides.device)
         self._offers = self._offers.to(sides.device)
         column = targets.labels.clamp(-1, self.num_classes) + 1
         self._offers[0].index_add_(0, column, torch.ones_like(sides))

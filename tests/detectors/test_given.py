@@ -177,3 +177,45 @@ def test_refresh_wants_an_entry_for_each_image():
     for wrong in (targets[:2], [*targets, targets[0]]):
         with pytest.raises(ValueError, match="targets: expected 3 entries"):
             kd.refresh([(images, wrong)], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_copy_of_another_dtype_is_compared_up_to_the_cast(dtype):
+    """A student that was given half precision; its batch as it was, and another one."""
+    student, _, kd = make()
+    student.to(dtype)
+    student(IMAGES.to(dtype))
+    assert kd(IMAGES, BOXES)
+    for wrong in (IMAGES.flip(0), IMAGES + 0.1, (IMAGES * 255).byte()):
+        student(IMAGES.to(dtype))
+        with pytest.raises(ValueError, match="images: expected what the student's last forward"):
+            kd(wrong, BOXES)
+    student, kd = torchvision_pair()
+    images, targets = scenes()
+    student(images, targets)
+    assert kd([x.double() for x in images], targets)
+    student(images, targets)
+    with pytest.raises(ValueError, match=r"images\[0\]: expected what"):
+        kd([x.double() + 1e-3 for x in images], targets)
+
+
+@pytest.mark.parametrize("format", ["XYWH", "CXCYWH"])
+def test_boxes_that_say_another_format_than_torchvision_takes_them_for(format):
+    """The detector does not ask: it would train on other boxes, and so would the distiller."""
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    student, kd = torchvision_pair()
+    images, targets = scenes()
+
+    def told(kind):
+        return [
+            t | {"boxes": tv_tensors.BoundingBoxes(t["boxes"], format=kind, canvas_size=(90, 90))}
+            for t in targets
+        ]
+
+    student(images, told("XYXY"))
+    assert kd(images, told("XYXY"))
+    student(images, told(format))
+    with pytest.raises(ValueError, match=rf"targets\[0\]\['boxes'\]: .* XYXY, .* got {format};"):
+        kd(images, told(format))
+    with pytest.raises(ValueError, match=rf"expected boxes in the format XYXY, .* got {format};"):
+        kd.refresh([(images, told(format))], progress=False)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from global_kd import Distiller, Pixels
+from global_kd.detectors import View
 from global_kd.detectors.mmdet import MMDetDetector
 from global_kd.functional import pool_boxes
 from tests.small_loss import small_loss
@@ -110,6 +111,7 @@ class Detector(nn.Module):
     def predict(self, inputs, data_samples, rescale=True):
         assert not self.training
         assert not rescale
+        self.extract_feat(inputs)
         for sample in data_samples:
             height, width = sample.metainfo["img_shape"]
             assert sample.metainfo["batch_input_shape"] == tuple(inputs.shape[-2:])
@@ -237,6 +239,8 @@ def test_losses_and_detections(monkeypatch):
     assert [x.boxes.tolist() for x in found] == [[[0, 0, 96, 64]], [[0, 0, 80, 96]]]
     assert [x.labels.tolist() for x in found] == [[2], [2]]
     assert student.training
+    half, view = MMDetDetector(Detector().half()), View(batch["inputs"])
+    assert len(half.detections(view)) == len(half.look(view).maps[0]) == 2
 
 
 def test_what_does_not_fit_is_named():
@@ -292,3 +296,12 @@ def test_another_batch_than_the_students_is_refused():
             kd(*given)
     student(inputs=images, data_samples=samples, mode="loss")
     assert kd(images.clone(), copy.deepcopy(samples))
+
+
+def test_a_teacher_in_half_precision():
+    student, teacher = Detector(4), Detector(8).bfloat16()
+    kd = Distiller(student, teacher, gk())
+    batch = student.data_preprocessor(data(), True)
+    student(**batch, mode="loss")
+    terms = kd(batch["inputs"], batch["data_samples"])
+    assert all(x.isfinite() and x.dtype == torch.float32 for x in terms.values())

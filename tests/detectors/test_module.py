@@ -104,8 +104,15 @@ def test_images_of_any_number_of_channels(channels):
 
 def test_a_named_module_without_maps_is_told_at_once():
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(4 * 16, 2))
-    with pytest.raises(ValueError, match="puts out maps .*but '1' puts out none"):
+    with pytest.raises(ValueError, match="puts out maps .*but '1' puts out a Tensor without"):
         ModuleDetector(model, "1", (torch.rand(1, 3, 32, 32),))
+
+
+def test_maps_that_can_be_read_once_are_told():
+    """A generator: whoever records it takes it from the head."""
+    model = nn.Sequential(Once(), Last())
+    with pytest.raises(ValueError, match="'0' puts out a map without any; let it return a list"):
+        ModuleDetector(model, "0", (torch.rand(1, 3, 32, 32),))
 
 
 @pytest.mark.parametrize("path", [None, "1"])
@@ -122,3 +129,12 @@ class Last(nn.Module):
 
     def forward(self, maps):
         return sum(x.mean() for x in maps)
+
+
+class Once(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 4, s, s) for s in (8, 16))
+
+    def forward(self, x):
+        return map(lambda conv: conv(x), self.convs)

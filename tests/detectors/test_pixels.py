@@ -9,6 +9,7 @@ from torch import nn
 from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Targets
 from global_kd.detectors import IMAGENET, ModuleDetector, View, translate
 from global_kd.functional import pool_boxes
+from global_kd.losses import PKD
 
 RGB = torch.rand(2, 3, 40, 56)
 BYTES_BGR = Pixels(mean=(103.53, 116.28, 123.675), std=(57.4, 57.1, 58.4), scale=255, bgr=True)
@@ -303,3 +304,53 @@ def test_found_and_read_wherever_it_is(model):
     assert [tuple(x.shape) for x in look.maps] == [(2, 4, 8, 12), (2, 4, 4, 6), (2, 4, 2, 3)]
     if model is FedHead:
         assert torch.equal(look.maps[0], student.a(images))
+
+
+class Channels(nn.Module):
+    def __init__(self, channels, width):
+        super().__init__()
+        self.body = nn.Conv2d(channels, width, 8, stride=8)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def taught(student, teacher, images, **options):
+    kd = Distiller(
+        student,
+        teacher,
+        PKD(),
+        student_path="body",
+        teacher_path="body",
+        example_inputs=(images,),
+        **options,
+    )
+    shown = []
+    teacher.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+    student(images)
+    terms = kd(images, Targets(torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.int64)))
+    assert all(x.isfinite() for x in terms.values())
+    return shown[-1]
+
+
+def test_a_teacher_of_colours_sees_grey_images_in_three_channels():
+    grey = torch.rand(2, 1, 32, 32)
+    shown = taught(Channels(1, 4), Channels(3, 8), grey)
+    assert torch.equal(shown, grey.expand(-1, 3, -1, -1))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    pixels = {"student_pixels": Pixels((0.5,), (0.25,)), "teacher_pixels": Pixels(mean, std)}
+    shown = taught(Channels(1, 4), Channels(3, 8), grey, **pixels)
+    rgb = (grey * 0.25 + 0.5).expand(-1, 3, -1, -1)
+    wanted = (rgb - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(shown, wanted)
+
+
+@pytest.mark.parametrize("channels", [(4, 3), (3, 1), (3, 6)])
+def test_channels_that_a_teacher_does_not_take_are_told(channels):
+    mine, theirs = channels
+    images = torch.rand(1, mine, 32, 32)
+    with pytest.raises(
+        ValueError,
+        match=rf"^teacher: .* the student's {mine} channels, but Channels takes {theirs} \(Given",
+    ):
+        taught(Channels(mine, 4), Channels(theirs, 8), images)

@@ -11,10 +11,11 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from global_kd import Targets
+from global_kd import Distiller, Targets
 from global_kd.detectors import View, detector_of
 from global_kd.detectors.protocol import Sampled
 from global_kd.hooks import FeatureTap, evaluating, infer_strides
+from global_kd.losses import SoftLabels
 from global_kd.step import Grid, pair_dense, shared_locations
 
 from .detectors import KINDS, NUM_CLASSES, Backbone, detector, scenes
@@ -330,6 +331,24 @@ def test_levels_of_one_grid_are_not_mistaken_for_each_other():
     trained = levels[seen.sampled.raw[1]]
     assert set(trained.tolist()) & set(on_twins)
     torch.testing.assert_close(soft, seen.sampled.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 31)])
+def test_levels_keep_their_strides_on_images_of_a_single_cell(size):
+    """Strides 4 to 32 and 32 again: of 32 pixels the last two have one cell, as 64 would have."""
+    student = detector("retinanet", min_size=32, max_size=32)
+    student.backbone.down.append(nn.Conv2d(8, 8, 3, stride=2, padding=1))
+    student.backbone.down.append(nn.Conv2d(8, 8, 3, padding=1))
+    student.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (32,), (32,)), ((1.0,),) * 5)
+    kd = Distiller(student, detector("retinanet"), SoftLabels())
+    image = torch.rand(3, *size)
+    target = {"boxes": torch.tensor([[0.0, 0, size[1], size[0]]]), "labels": torch.tensor([1])}
+    student.train()([image], [target])
+    kd([image], [target])
+    reader = kd._pair.student
+    grids = reader.dense(reader.look(reader.see([image]))).grids
+    assert [(g.stride, g.height) for g in grids[-2:]] == [(32, 1), (32, 1)]
+    assert kd._pair.strides[0] == [4, 8, 16, 32, 32]
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])

@@ -20,12 +20,14 @@ pytest.importorskip(
     exc_type=ImportError,  # OpenCV without its system libraries
 )
 
+from global_kd import Distiller
 from global_kd.detectors import View
 from global_kd.detectors.pixels import translate
 from global_kd.detectors.protocol import Sampled
 from global_kd.detectors.ultralytics import UltralyticsDetector
 from global_kd.hooks import FeatureTap
 
+from ..small_loss import small_loss
 from .cases import scenes
 from .cases_ultralytics import NUM_CLASSES, batch, model
 
@@ -437,3 +439,19 @@ def test_bytes_are_taken_as_the_numbers_they_stand_for():
             assert torch.equal(a, b)
         for a, b in zip(reader.detections(bytes_), reader.detections(numbers)):
             assert torch.equal(a.boxes, b.boxes)
+
+
+@pytest.mark.parametrize("settings", [None, {"imgsz": 640}])
+def test_an_rt_detr_that_no_trainer_has_set_up_is_checked(settings):
+    """Its loss reads ``model.nc``, which the trainer writes."""
+    student, teacher = rt_detr(nc=NUM_CLASSES), rt_detr(nc=NUM_CLASSES)
+    for network_ in (student, teacher):
+        del network_.args, network_.nc
+        if settings is not None:
+            network_.args = settings
+    kd = Distiller(student, teacher, small_loss(NUM_CLASSES, standardize=False))
+    report = kd.check(batch(scenes(), side=64), verbose=False)
+    assert report.terms["detection"].value > 0
+    assert not [x for x in report.unchecked if "fails" in x]
+    assert not hasattr(student, "nc")
+    assert getattr(student, "args", None) is settings

@@ -284,6 +284,18 @@ def test_boxes_too_small_for_prototypes():
     assert not any("min_side" in x for x in problems(home_made(min_side=40)[2]))
 
 
+def test_classes_too_small_for_prototypes_are_named():
+    """Of the two boxes of class 1 and the one of class 2 none is above 55 pixels both ways."""
+    _, _, kd = home_made(min_side=55, class_names=["car", "cup", "nut", "egg"])
+    boxes = BOXES.clone()
+    boxes[1] = torch.tensor([0.0, 0, 90, 60])
+    report = kd.check(IMAGES, Targets(boxes, LABELS, IMAGE), verbose=False)
+    (told,) = [x for x in report.facts if "min_side" in x]
+    assert told.endswith("is no box of cup, nut in this batch")
+    _, _, kd = home_made(min_side=25)
+    assert not [x for x in kd.check(IMAGES, TARGETS, verbose=False).facts if "min_side" in x]
+
+
 def test_one_of_several_ranks_looks_alone(monkeypatch):
     """Synchronised batch norm would wait for the others; on a processor it refuses to run."""
     student, teacher = Detector(4), Detector(9)

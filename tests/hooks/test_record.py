@@ -44,6 +44,15 @@ class Nested:
         self.tensors = tensors
 
 
+class Closed:
+    """No data class, and without a dictionary."""
+
+    __slots__ = ("maps", "never")
+
+    def __init__(self, maps):
+        self.maps = maps
+
+
 class MyList(list):
     pass
 
@@ -70,6 +79,7 @@ CONTAINERS = {
     "deque": (deque, spoil_list),
     "UserList": (UserList, spoil_list),
     "namespace of maps": (lambda m: SimpleNamespace(p3=m[0], p4=m[1]), lambda x: vars(x).clear()),
+    "slots": (Closed, lambda x: spoil_list(x.maps)),
     "list in tuple": (lambda m: (m, 1), lambda x: spoil_list(x[0])),
     "tuple in list": (lambda m: [tuple(m)], lambda x: x.clear()),
     "named tuple": (lambda m: Named(m, "note"), spoil_object),
@@ -188,6 +198,37 @@ def test_a_write_in_place_does_not_reach_the_record(build, path, want, grad):
             assert torch.equal(read, want(model))
             assert torch.equal(feature_maps(tap.run(X)[path])[0], read)
             assert read.requires_grad is grad
+
+
+def test_values_of_a_mapping_are_those_of_that_moment():
+    """``return features.values()``: a view, which shows what the mapping holds later."""
+    held = {"p3": torch.rand(1, 2, 4, 4), "p4": torch.rand(1, 2, 2, 2)}
+    want = list(held.values())
+    kept = snapshot(held.values())
+    held["p3"] = held["p3"] * 0
+    held["p5"] = held["p4"]
+    assert [x is y for x, y in zip(feature_maps(kept), want, strict=True)] == [True, True]
+
+
+def through_data(maps):
+    maps[0].data.mul_(0)
+
+
+def through_numpy(maps):
+    values = maps[0].detach().numpy()
+    values *= 0
+
+
+@pytest.mark.parametrize("spoil", [through_data, through_numpy])
+def test_a_write_that_nobody_counts_does_not_reach_the_record(spoil):
+    """Past the version counter: the clone of the first forward tells, and all later ones clone."""
+    model = Model(list, spoil)
+    want = model.neck.convs[0](X)
+    with FeatureTap(model, "neck") as tap:
+        for _ in range(3):
+            model(X)
+            assert torch.equal(tap.read()["neck"][0], want)
+            assert torch.equal(tap.run(X)["neck"][0], want)
 
 
 def test_an_input_that_its_module_writes_in_place():
