@@ -55,8 +55,9 @@ class Distillation(Callback):
         self.kd: Distiller | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        total = trainer.estimated_stepping_batches
+        total = trainer.estimated_stepping_batches  # updates
         total = int(total) if total != float("inf") else 0
+        total *= int(trainer.accumulate_grad_batches)  # calls
         steps = int(trainer.num_training_batches) if total else 0
         named = losses_for(self._losses, self._num_classes, total or 1, steps or 1)
         student = getattr(pl_module, self._student)
@@ -82,8 +83,8 @@ class Distillation(Callback):
     def _give_to(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         assert self.kd is not None
         if adapters := list(self.kd.parameters()):
-            like = optimizers[0].param_groups[-1]
-            optimizers[0].add_param_group({**like, "params": adapters})
+            # A group of their own would be one that a learning rate schedule does not know.
+            optimizers[0].param_groups[-1]["params"].extend(adapters)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.__dict__.pop("training_step", None)

@@ -42,6 +42,7 @@ class DistillationTrainer(DetectionTrainer):
     teacher: Any = None
     losses: Any = None
     kd: Distiller
+    loss_names: Any
     _adding = False
 
     @classmethod
@@ -88,6 +89,14 @@ class DistillationTrainer(DetectionTrainer):
             items = items | {name: term.detach() for name, term in terms.items()}
         return loss.sum() + len(args[0]["img"]) * sum(terms.values()), items
 
+    def progress_string(self) -> Any:
+        names = self.loss_names
+        self.loss_names = tuple(_heading(name) for name in names)
+        try:
+            return super().progress_string()
+        finally:
+            self.loss_names = names
+
     def save_model(self) -> Any:
         average: Any = self.ema
         for module in average.ema.modules():  # copied hooks would tie the file to this package
@@ -100,3 +109,8 @@ class DistillationTrainer(DetectionTrainer):
         super()._load_checkpoint_state(checkpoint)
         state = torch.load(self.wdir / "kd.pt", map_location=self.device, weights_only=True)
         self.kd.load_state_dict(state)
+
+
+def _heading(name: str) -> str:
+    """A term's name in a column of the progress lines, which is 11 characters wide."""
+    return name if len(name) < 11 else name.removeprefix("kd_")[:10]

@@ -471,6 +471,16 @@ def test_the_trainer_of_the_documentation(data_set):
     assert "train/kd_foreground" in header
 
 
+def test_the_progress_header_has_a_column_for_each_term():
+    from global_kd.trainers.ultralytics import DistillationTrainer
+
+    trainer = object.__new__(DistillationTrainer)
+    trainer.loss_names = names = ("box_loss", "kd_foreground", "kd_background", "kd_logits")
+    header = trainer.progress_string().split()
+    assert header[2:-2] == ["box_loss", "foreground", "background", "kd_logits"]
+    assert trainer.loss_names == names
+
+
 def loads_alone(checkpoint):
     """In a process that has neither this package nor the example."""
     code = (

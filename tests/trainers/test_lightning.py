@@ -26,8 +26,20 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, epochs, callback=None, checkpoint=None):
-    module = Module()
+class WarmedUp(Module):
+    """A learning rate that begins at 0, as a warm-up does."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def fit(folder, epochs, callback=None, checkpoint=None, module=None, **options):
+    module = module or Module()
     torch.manual_seed(1)
     callback = callback or Distillation(
         "model", Detector(9), losses=PKD(), example_inputs=(IMAGES,)
@@ -41,6 +53,7 @@ def fit(folder, epochs, callback=None, checkpoint=None):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     loader = torch.utils.data.DataLoader([(IMAGES, BOXES)] * 3, batch_size=None)
     trainer.fit(module, loader, ckpt_path=checkpoint)
@@ -75,6 +88,26 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     _, later, _, _ = fit(tmp_path, 2, watch, path)
     assert later.kd.loss.step == 6
     assert all(torch.equal(a, b) for a, b in zip(kept, start, strict=True))
+
+
+def test_adapters_follow_the_learning_rate_schedule(tmp_path):
+    start = []
+
+    class Watch(Distillation):
+        def on_train_start(self, trainer, module):
+            start.extend(p.detach().clone() for p in self.kd.parameters())
+
+    watch = Watch("model", Detector(9), losses=PKD(), example_inputs=(IMAGES,))
+    _, _, trainer, _ = fit(tmp_path, 2, watch, module=WarmedUp())
+    (group,) = trainer.optimizers[0].param_groups
+    assert {id(p) for p in watch.kd.parameters()} <= {id(p) for p in group["params"]}
+    assert group["lr"] == pytest.approx(0.1 * 6 / 10)
+    assert not any(torch.equal(a, b) for a, b in zip(start, watch.kd.parameters(), strict=True))
+
+
+def test_calls_are_counted_where_gradients_accumulate(tmp_path):
+    _, callback, _, _ = fit(tmp_path, 2, accumulate_grad_batches=3)
+    assert callback.kd.loss.step == callback.kd.loss.total_steps == 6
 
 
 def test_what_is_missing_is_named():
