@@ -1,10 +1,10 @@
 """Distil a Detectron2 detector with Detectron2's own trainer: python examples/detectron2_frcnn.py
 
-Without arguments a small Faster R-CNN learns to find handwritten digits twice, from the same start
-and the same batches: alone, and with the knowledge of a larger teacher that is trained first; this
-takes about ten minutes on one core. With
-`--config` and `--teacher-config` any two configs of Detectron2's model zoo take their places; data
-come from Detectron2's registry, and everything else from the configs.
+Without arguments a large Faster R-CNN learns to find handwritten digits, then a small one twice,
+from the same start and the same batches: alone, and with the large one as its teacher. This takes
+about ten minutes on one core. With `--config` and `--teacher-config` any two configs of its
+model zoo take their places; data come from Detectron2's registry, everything else from the
+configs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_model
@@ -39,6 +38,7 @@ from PIL import Image
 from torch import nn
 
 import global_kd
+from global_kd.trainers.detectron2 import DistillationTrainer, num_classes
 from workshop import storage
 from workshop.coco_eval import METRICS
 from workshop.detection_data import COCO_AREAS
@@ -129,63 +129,20 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     return FPN(ResNet(stem, stages, out_features=names), names, cfg.MODEL.FPN.OUT_CHANNELS)
 
 
-class StudentWithTeacher:
-    """What a trainer calls in place of the student: its losses and the terms of the Distiller."""
+class Trainer(DistillationTrainer):
+    """The library's trainer with Detectron2's own COCO metrics, and a clock."""
 
-    def __init__(self, student: nn.Module, kd: global_kd.Distiller) -> None:
-        self.student, self.kd = student, kd
-
-    @property
-    def training(self) -> bool:
-        """The trainers insist on a model in train mode."""
-        return self.student.training
-
-    def __call__(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {**self.student(batch), **self.kd(batch)}
-
-
-class DistillationTrainer(DefaultTrainer):  # type: ignore[misc]
-    """Detectron2's trainer, with or without a teacher.
-
-    The terms are part of the loss dictionary, so they show up among the metrics of Detectron2's
-    event storage (log, metrics.json, TensorBoard) as kd_foreground and so on. Checkpoints hold the
-    student alone under "model", as without distillation; the state of the Distiller (adapters,
-    prototypes, step) lies beside it under "kd", so `resume_or_load` continues with it and everybody
-    else ignores it. (Detectron2 itself begins its stream of images anew when it resumes.)
-    """
-
-    model: Any  # Detectron2's property
-
-    def __init__(self, cfg: CfgNode, distil: Distil | None = None) -> None:
-        self.distil, self.seconds = distil, 0.0
-        self.kd: global_kd.Distiller | None = None
-        super().__init__(cfg)
-        if self.kd is not None:
-            self.checkpointer.add_checkpointable("kd", self.kd)
-
-    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """The config's optimizer, with the adapters of the Distiller as one more group."""
-        optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)
-        if self.distil is not None:
-            self.kd = self.distil(model)
-            if adapters := list(self.kd.parameters()):
-                optimizer.add_param_group({"params": adapters})
-        return optimizer
+    seconds = 0.0
 
     def run_step(self) -> None:
-        """A step of the config's trainer (plain or mixed precision), with the teacher's terms."""
-        began, student = time.perf_counter(), self.model
-        if self.kd is not None:
-            self.model = StudentWithTeacher(student, self.kd)
-        try:
-            super().run_step()
-        finally:
-            self.model = student
+        """A step, timed."""
+        began = time.perf_counter()
+        super().run_step()
         self.seconds += time.perf_counter() - began
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """Detectron2's own COCO metrics."""
+        """Of what `train` evaluates at its end."""
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 
@@ -259,19 +216,13 @@ def flat(options: dict[str, Any]) -> list[Any]:
     return [x for pair in options.items() for x in pair]
 
 
-def num_classes(cfg: CfgNode) -> int:
-    """Detectron2's count: no background."""
-    dense = {"RetinaNet": cfg.MODEL.RETINANET}
-    return int(dense.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES)
-
-
 def train(
     cfg: CfgNode, label: str, distil: Distil | None = None, *, resume: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train by the config; the model and its row of the table."""
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)  # the same start, the same batches
-    trainer = DistillationTrainer(cfg, distil)
+    trainer = Trainer(cfg, distiller=distil)
     trainer.resume_or_load(resume)
     steps = trainer.max_iter - trainer.start_iter
     trainer.train()  # evaluates at its end

@@ -89,7 +89,7 @@ def test_resume_restores_the_distiller(config):
     teacher = build_model(config(example.TEACHER))
     example.train(config(), "student", distil_from(teacher), resume=False)
     saved = torch.load(config().OUTPUT_DIR + "/model_final.pth", weights_only=True)
-    trainer = example.DistillationTrainer(config(), distil_from(teacher))
+    trainer = example.Trainer(config(), distiller=distil_from(teacher))
     trainer.resume_or_load(True)
     assert trainer.start_iter == 3 and trainer.kd.loss.step == 3
     assert trainer.kd.loss.bank.valid.any()
@@ -117,7 +117,7 @@ def test_weights_of_zero_train_what_no_teacher_trains(config, tmp_path):
 def test_adapters_are_in_the_optimizer_and_the_schedule(config):
     seed_all_rng(0)
     teacher = build_model(config(example.TEACHER))
-    trainer = example.DistillationTrainer(config(), distil_from(teacher))
+    trainer = example.Trainer(config(), distiller=distil_from(teacher))
     rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
     adapters = list(trainer.kd.parameters())
     assert adapters
