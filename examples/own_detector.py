@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "student": evaluate(alone),
         "student + gk + pkd": evaluate(student),
     }
+    print("\nDetection loss on pictures that none of them trained on:")
     for name, loss in losses.items():
         print(f"{name:20}{loss:6.3f}")
     return losses

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def train(
     student: nn.Module, data: DetectionData, steps: int, teacher: nn.Module | None = None
 ) -> None:
     """The loop, with a teacher or without."""
-    batches = [epoch_batches(data.train, BATCH, seed=0, epoch=epoch) for epoch in range(steps)]
-    loader = (batch for epoch in batches for batch in epoch)
+    epochs = (epoch_batches(data.train, BATCH, seed=0, epoch=n) for n in itertools.count())
+    loader = itertools.chain.from_iterable(epochs)
     kd = None
     if teacher is not None:
         loss = GlobalKnowledgeLoss(

@@ -1,6 +1,7 @@
 """Distil inside Ultralytics' own trainer.
 
-    python examples/ultralytics_trainer.py --data data.yaml --teacher yolo11x.pt
+    yolo detect train model=yolo11x.pt data=data.yaml  # the teacher: weights/best.pt
+    python examples/ultralytics_trainer.py --data data.yaml --teacher best.pt
 
 The student is trained, validated and saved by Ultralytics as always; its checkpoints load without
 this package. Written for Ultralytics 8.4.

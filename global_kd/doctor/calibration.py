@@ -51,7 +51,10 @@ class Calibration:
             now = "no gradient" if math.isnan(x.measured) else f"{x.measured:.3g}"
             then = "-" if math.isnan(x.wanted) else f"{x.wanted:.3g}"
             shown.append([name, f"{x.before:.4g}", now, f"{x.after:.4g}", then])
-        return f"{table(shown)}\n\nshares of {self.detection:.3g}, the detection loss's gradient"
+        return (
+            f"{table(shown)}\n\nA share of 1 is {self.detection:.3g}, the norm of the detection "
+            "loss's gradient on the student's maps."
+        )
 
 
 def measure(
