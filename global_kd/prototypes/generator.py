@@ -1,7 +1,7 @@
 """Prototype generation module (PGM): collects instances as they pass and makes prototypes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +12,9 @@ from ..ranks import Ranks
 from ..targets import Targets
 from .bank import PrototypeBank
 from .keys import NEVER, digest, keys_of
-from .plain import device_after, packed, unpacked
+from .plain import packed, unpacked
+from .sample import Rows, Sample, no_rows
 from .select import density_candidates, select_prototypes
-
-_MIN_PENDING = 4096  # rows that may wait before the sample is cut back
-
-
-class _Rows(NamedTuple):
-    """A table of instances."""
-
-    student: Tensor  # float32 (R, L, Cs)
-    teacher: Tensor  # float32 (R, L, Ct)
-    labels: Tensor  # int64 (R,), as all below
-    ids: Tensor  # -1 where unknown
-    keys: Tensor
-    calls: Tensor  # when it was seen; the later of two rows of one instance is kept
-    ties: Tensor  # what decides between two rows of one call
-
-    def take(self, index: Tensor) -> "_Rows":
-        return _Rows(*(x[index] for x in self))
-
-
-def _no_rows(shape: Sequence[int]) -> _Rows:
-    """Of (levels, student channels, teacher channels)."""
-    levels, *channels = shape
-    none = torch.zeros(0, dtype=torch.int64, device="cpu")
-    student, teacher = (
-        torch.zeros(0, levels, c, dtype=torch.float32, device="cpu") for c in channels
-    )
-    return _Rows(student, teacher, none, none, none, none, none)
 
 
 class PrototypeGenerator(nn.Module):
@@ -119,16 +93,19 @@ class PrototypeGenerator(nn.Module):
         self.bandwidth = bandwidth
         self.quantile = quantile
         self.min_side = min_side
-        self.max_instances = max_instances
         self.seed = seed
         self.distributed = distributed
-        self.turn = self._calls = 0
+        self.turn = 0
         self.pass_turn = -1  # that of the passes over a loader, once there was one
         self._expected: tuple[int, int, int] | None = None
         self.watching = True  # whether add() counts what it is offered
         self._offers: Tensor | None = None
-        self._parts: list[_Rows] = []
-        self._kept = self._pending = 0
+        self._sample = Sample(num_classes, max_instances)
+
+    @property
+    def max_instances(self) -> int:
+        """Of each class in the sample."""
+        return self._sample.size
 
     @torch._compile._disable_dynamo
     @torch.no_grad()
@@ -149,21 +126,23 @@ class PrototypeGenerator(nn.Module):
         _check.same_device(student=student, boxes=targets.boxes)
         if student.device.type == "cpu":
             targets.validate(num_classes=self.num_classes)
-        for name, x, i in (("student", student, 0), ("teacher", teacher, 1)):
-            if self._parts and self._parts[0][i].shape[1:] != (x.shape[0], x.shape[2]):
-                levels, channels = self._parts[0][i].shape[1:]
-                raise ValueError(
-                    f"{name}: expected ({levels}, R, {channels}) like the rows before, but got "
-                    f"{tuple(x.shape)}"
-                )
-        self._calls += 1
+        sample = self._sample
+        if sample.shape is not None:
+            levels, *before = sample.shape
+            for name, x, channels in zip(
+                ("student", "teacher"), (student, teacher), before, strict=True
+            ):
+                if (x.shape[0], x.shape[2]) != (levels, channels):
+                    raise ValueError(
+                        f"{name}: expected ({levels}, R, {channels}) like the rows before, but got "
+                        f"{tuple(x.shape)}"
+                    )
+        sample.calls += 1
         if len(targets) == 0:
             return
         if self.watching:
             self._watch(targets)
-        if self._parts and self._parts[0].student.device != student.device:
-            # Rows of a checkpoint lie where it was loaded to.
-            self._parts = [_Rows(*(x.to(student.device) for x in rows)) for rows in self._parts]
+        sample.follow(student.device)
         # Copies: a view would keep the rows of every proposal that was pooled beside these alive.
         mine, theirs = (
             x.detach().transpose(0, 1).to(torch.float32, copy=True) for x in (student, teacher)
@@ -176,11 +155,8 @@ class PrototypeGenerator(nn.Module):
         # A row of such a key is never kept; dropping it here would make the device wait.
         key = torch.where(finite[0] & finite[1], self.keys(targets, identity), NEVER)
         ties = digest(torch.cat([theirs.flatten(1), mine.flatten(1)], dim=1))
-        calls = torch.full_like(ids, self._calls)
-        self._parts.append(_Rows(mine, theirs, targets.labels, ids, key, calls, ties))
-        self._pending += len(targets)
-        if self._pending > max(_MIN_PENDING, self._kept // 4):
-            self._cut()
+        calls = torch.full_like(ids, sample.calls)
+        sample.add(Rows(mine, theirs, targets.labels, ids, key, calls, ties))
 
     def _watch(self, targets: Targets) -> None:
         """Count the boxes and keep the largest of each class; makes no device wait."""
@@ -236,58 +212,25 @@ class PrototypeGenerator(nn.Module):
 
     def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the instances kept on this rank: teacher rows ``(R, L, Ct)``, labels, ids, keys."""
-        rows = self._cut()
-        rows = _no_rows((1, 1, 1)) if rows is None else rows
+        rows = self._sample.cut()
+        rows = no_rows((1, 1, 1)) if rows is None else rows
         return rows.teacher, rows.labels, rows.ids, rows.keys
 
     def limits(self, labels: Tensor, key: Tensor) -> Tensor:
         """Largest key of each class that a full sample kept, int64 ``(K,)``; else any but never."""
-        counts = torch.bincount(labels, minlength=self.num_classes)
-        largest = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
-        largest.scatter_reduce_(0, labels, key, "amax")
-        return torch.where(counts >= self.max_instances, largest, NEVER - 1)
-
-    def _cut(self) -> _Rows | None:
-        """The ``max_instances`` smallest keys of every class, by class and key, if any."""
-        if self._pending:
-            columns = list(zip(*self._parts, strict=True))
-            small = [torch.cat(x) for x in columns[2:]]
-            order = self._sampled(_Rows(small[0], small[0], *small))
-            # One large column after the other: each is there twice only for a moment.
-            large = [torch.cat(x)[order] for x in columns[:2]]
-            self._parts = [_Rows(*large, *(x[order] for x in small))]
-            self._kept, self._pending = len(self._parts[0].labels), 0
-        return self._parts[0] if self._parts else None
-
-    def _sampled(self, rows: _Rows) -> Tensor:
-        """Index of the rows that stay, by class and key: each instance once, as last seen."""
-        order = rows.ties.argsort(stable=True)
-        for column in (-rows.calls, rows.keys, rows.labels):
-            order = order[column[order].argsort(stable=True)]
-        labels, key = rows.labels[order], rows.keys[order]
-        fresh = torch.ones_like(labels, dtype=torch.bool)
-        fresh[1:] = (labels[1:] != labels[:-1]) | (key[1:] != key[:-1])
-        fresh &= key != NEVER
-        order, labels = order[fresh], labels[fresh]
-        counts = torch.bincount(labels, minlength=self.num_classes)
-        rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels]
-        return order[rank < self.max_instances]
+        return self._sample.limits(labels, key)
 
     def __len__(self) -> int:
         """Number of instances kept on this rank."""
-        self._cut()
-        return self._kept
+        return len(self._sample)
 
     def counts(self) -> Tensor:
         """Instances of each class kept on this rank, int64 ``(K,)``."""
-        rows = self._cut()
-        if rows is None:
-            return torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
-        return torch.bincount(rows.labels, minlength=self.num_classes)
+        return self._sample.counts()
 
     def reset(self, turn: int | None = None) -> None:
         """Forget the rows; the next sample is another one, or that of an earlier ``turn``."""
-        self._parts, self._kept, self._pending, self._calls = [], 0, 0, 0
+        self._sample.clear()
         self._offers = None
         self.turn = self.turn + 1 if turn is None else turn
 
@@ -329,7 +272,7 @@ class PrototypeGenerator(nn.Module):
         bank.ids.copy_(ids - 1)
         return bank
 
-    def _pursue(self, rows: _Rows) -> PrototypeBank:
+    def _pursue(self, rows: Rows) -> PrototypeBank:
         _, levels, student_channels = rows.student.shape
         bank = PrototypeBank(
             levels, self.num_classes, self.num_prototypes, student_channels, rows.teacher.shape[2]
@@ -352,62 +295,8 @@ class PrototypeGenerator(nn.Module):
                 bank.valid[slots] = True
         return bank
 
-    def _shared(self, ranks: Ranks, owner: int | None = None) -> _Rows | None:
-        """The sample of all ranks: here the rows of the classes that this rank is to work on.
-
-        Args:
-            ranks: Of the job.
-            owner: The rank that gets all classes; without it they are divided.
-        """
-        rows, counts, problem = None, [0] * self.num_classes, None
-        try:
-            rows, counts = self._cut(), self.counts().tolist()
-        except Exception as error:
-            problem = error
-        shape = None if rows is None else (*rows.student.shape[1:], rows.teacher.shape[2])
-        same = {
-            "seed": self.seed,
-            "resets": self.turn,
-            "max_instances": self.max_instances,
-            "num_classes": self.num_classes,
-        }
-        kind = None if rows is None else rows.labels.device.type
-        told = ranks.tell((same, shape, counts, kind), problem)
-        for rank, (facts, *_) in enumerate(told):
-            if facts != told[0][0]:
-                raise ValueError(
-                    f"generate: expected {told[0][0]} as on rank 0, but rank {rank} has {facts}"
-                )
-        shapes = {shape for _, shape, *_ in told if shape is not None}
-        if len(shapes) > 1:
-            raise ValueError(
-                "generate: expected rows of one (levels, student channels, teacher channels) on "
-                f"all ranks, but got {shapes}"
-            )
-        if ranks.size == 1 or not shapes:
-            return rows
-        # Rows of a checkpoint may lie elsewhere than those of the other ranks.
-        there = ranks.common(kind for *_, kind in told)
-        rows = _no_rows(shapes.pop()) if rows is None else rows
-        rows = _Rows(*(x.to(there) for x in rows))
-        # The largest classes first, so that no rank gets many of them.
-        totals = torch.tensor([counts for _, _, counts, _ in told], device="cpu").sum(dim=0)
-        owners = torch.zeros(self.num_classes, dtype=torch.int64, device="cpu")
-        owners[totals.argsort(descending=True, stable=True)] = (
-            torch.arange(self.num_classes, device="cpu") % ranks.size if owner is None else owner
-        )
-        to = owners.to(rows.labels.device)[rows.labels]
-        order = to.argsort(stable=True)
-        rows, to = rows.take(order), to[order]
-        # First the columns that decide, then only the rows that stay.
-        columns, source = ranks.deal(rows[2:], to)
-        sampled = self._sampled(_Rows(columns[0], columns[0], *columns))
-        stays = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-        stays[sampled] = True
-        (stays,), _ = ranks.deal([stays], source)
-        arrived, _ = ranks.deal(rows.take(stays), to[stays])
-        merged = _Rows(*arrived)
-        return merged.take(self._sampled(merged))
+    def _shared(self, ranks: Ranks, owner: int | None = None) -> Rows | None:
+        return self._sample.shared(ranks, {"seed": self.seed, "resets": self.turn}, owner)
 
     def gather(self) -> None:
         """Move the rows of all ranks to rank 0, so that its ``state_dict`` holds them all.
@@ -417,9 +306,7 @@ class PrototypeGenerator(nn.Module):
         prototypes as without, also where every rank has loaded the union.
         """
         ranks = Ranks(self.distributed)
-        rows = self._shared(ranks, owner=0)
-        self._parts = [] if rows is None else [rows]
-        self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
+        self._sample.put(self._shared(ranks, owner=0))
 
     def expect(self, levels: int, student_channels: int, teacher_channels: int) -> None:
         """Give the state one size from the start, that of a full sample.
@@ -432,35 +319,32 @@ class PrototypeGenerator(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The sample of this rank, for ``state_dict``; see :meth:`gather`. uint8 ``(N,)``."""
-        rows = self._cut()
-        shape = self._expected or (0, 0, 0)
-        if rows is not None:
-            shape = (*rows.student.shape[1:], rows.teacher.shape[2])
-        counters = (self.seed, self.turn, self._calls, self.pass_turn)
+        rows = self._sample.cut()
+        shape = (self._expected or (0, 0, 0)) if rows is None else rows.shape
+        counters = (self.seed, self.turn, self._sample.calls, self.pass_turn)
         capacity = self.num_classes * self.max_instances if self._expected else 0
-        return packed((*counters, *shape), rows or (), capacity, _no_rows(shape))
+        return packed((*counters, *shape), rows or (), capacity, no_rows(shape))
 
     def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`get_extra_state` was taken."""
         if isinstance(state, Tensor):
-            counters, tables = unpacked(state, 7, lambda header: _no_rows(header[4:]))
-            rows = _Rows(*tables) if len(tables[2]) else None
+            counters, tables = unpacked(state, 7, lambda header: no_rows(header[4:]))
+            rows = Rows(*tables) if len(tables[2]) else None
         else:  # as states were before
-            rows = _Rows(**state["rows"]) if state["rows"] else None
+            rows = Rows(**state["rows"]) if state["rows"] else None
             counters = [int(state[x]) for x in ("seed", "turn", "calls")] + [-1]
         if rows is not None and len(rows.labels) and int(rows.labels.max()) >= self.num_classes:
             raise ValueError(
                 f"state_dict: expected labels below {self.num_classes}, but the saved sample "
                 f"holds {int(rows.labels.max())}; it was made for other classes"
             )
-        self._parts = [] if rows is None else [rows]
-        self._kept, self._pending = (0 if rows is None else len(rows.labels)), 0
-        self.seed, self.turn, self._calls, self.pass_turn = counters[:4]
+        self._sample.put(rows)
+        self.seed, self.turn, self._sample.calls, self.pass_turn = counters[:4]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrototypeGenerator":
         """Rows follow ``.to(device)``; their dtypes stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._parts = [_Rows(*(x.to(device_after(fn, x)) for x in rows)) for rows in self._parts]
+        self._sample.apply(fn)
         return self
 
     def extra_repr(self) -> str:

@@ -104,7 +104,7 @@ def test_instances_feed_the_prototypes_and_targets_the_terms():
     other.generator = make().generator
     other(student, teacher, instances)
     len(loss.generator), len(other.generator)  # cuts both
-    rows = [g.generator._parts[0].student for g in (loss, other)]
+    rows = [g.generator._sample.parts[0].student for g in (loss, other)]
     torch.testing.assert_close(*rows)
 
 
@@ -177,8 +177,7 @@ def test_half_precision_maps_with_and_without_autocast(dtype):
 
 
 def test_telemetry_tells_the_last_terms_and_the_mean_omega_since_it_was_read():
-    loss = make()
-    loss.generator.max_instances = 1  # prototypes that do not fit everybody
+    loss = make(max_instances=1)  # prototypes that do not fit everybody
     for step in range(3):
         loss(*batch(step))
     assert loss.telemetry()["step"] == 3

@@ -81,7 +81,7 @@ def test_a_sample_per_class_is_kept_however_long_and_skewed_the_stream():
         ids = torch.arange(300) + 300 * batch
         x = torch.randn(1, 300, 2)
         generator.add(x, x, targets_for(labels, ids=ids))
-        held = sum(len(part.labels) for part in generator._parts)
+        held = sum(len(part.labels) for part in generator._sample.parts)
         assert held <= 1.25 * 2 * 50 + 4096 + 300  # the documented bound, one batch above it
     assert generator.counts().tolist() == [50, 2]
 
@@ -96,7 +96,7 @@ def test_the_sample_is_fair_over_the_stream():
             ids = torch.arange(20) + 20 * batch
             generator.add(x, x, targets_for(torch.zeros(20, dtype=torch.int64), ids=ids))
             len(generator)  # cut after every batch, the worst case for fairness
-        kept.append(generator._parts[0].ids)
+        kept.append(generator._sample.parts[0].ids)
     thirds = torch.cat(kept).float().div(200 / 3).long().bincount(minlength=3) / (40 * 20)
     # 800 draws: a standard deviation of .0167 about 1/3
     assert thirds.tolist() == pytest.approx([1 / 3] * 3, abs=0.06)
@@ -220,7 +220,7 @@ def test_an_instance_that_is_seen_again_replaces_its_older_row():
         generator.add(student + moved, teacher, targets)
         len(generator)
     assert generator.counts().tolist() == [3]
-    kept = generator._parts[0]
+    kept = generator._sample.parts[0]
     at = kept.ids - 10
     assert torch.equal(kept.student, (student + 2.0).transpose(0, 1)[at])
 
@@ -271,7 +271,7 @@ def test_which_of_two_rows_of_one_call_is_kept_does_not_depend_on_their_order():
         same = targets_for(torch.tensor([1, 1]), ids=torch.tensor([7, 7]))
         generator.add(student[:, order], teacher[:, order], same)
         assert len(generator) == 1
-        kept.append(generator._parts[0].student)
+        kept.append(generator._sample.parts[0].student)
     assert torch.equal(*kept)
 
 
@@ -292,7 +292,7 @@ def test_rows_of_a_checkpoint_follow_the_next_batch_to_its_device():
     after.load_state_dict(before.state_dict())
     student, teacher, targets = rows(6, seed=1)
     after.add(student.to("meta"), teacher.to("meta"), targets.to("meta"))
-    assert {x.device.type for part in after._parts for x in part} == {"meta"}
+    assert {x.device.type for part in after._sample.parts for x in part} == {"meta"}
 
 
 @pytest.mark.parametrize("levels", [1, LEVELS])
@@ -302,5 +302,5 @@ def test_waiting_rows_keep_nothing_else_alive(levels):
     last = take(student[:levels], teacher[:levels], targets, slice(48, 50))
     generator = PrototypeGenerator(CLASSES)
     generator.add(*last)
-    for row, channels in zip(generator._parts[0], (CS, CT), strict=False):
+    for row, channels in zip(generator._sample.parts[0], (CS, CT), strict=False):
         assert row.untyped_storage().nbytes() == 2 * levels * channels * 4

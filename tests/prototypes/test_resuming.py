@@ -159,15 +159,19 @@ def test_states_from_before_still_load():
     student, kd, optimizer = start()
     train(student, kd, optimizer, range(6))
     old = kd.state_dict()
-    loss = kd.loss
-    rows = loss.generator._cut()
+    loss, generator = kd.loss, kd.loss.generator
+    rows = generator._sample.cut()
     keys = [k for k in old if "generator" in k or "bank._extra" in k]
     assert len(keys) == 2
     for key in keys:
         if "bank" in key:
             old[key] = loss.bank.origin()
         else:
-            counters = {"seed": 0, "turn": loss.generator.turn, "calls": loss.generator._calls}
+            counters = {
+                "seed": 0,
+                "turn": loss.generator.turn,
+                "calls": loss.generator._sample.calls,
+            }
             old[key] = {"rows": rows._asdict(), **counters}
     _, fresh, _ = start()
     fresh.load_state_dict(old)
