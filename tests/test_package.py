@@ -58,6 +58,7 @@ RANK = {
     "ranks": 0,
     "_version": 0,
     "ops": 1,
+    "dense": 1,
     "targets": 2,
     "pyramid": 2,
     "step": 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
-from .detectors.given import refuse_other, refuse_strangers
-from .detectors.pixels import in_colours, telling_channels
-from .hooks import (
+from ..detectors import Detector, Look, ModuleDetector, Seen, View, fingerprint, translate
+from ..detectors.given import refuse_other, refuse_strangers
+from ..detectors.pixels import in_colours, telling_channels
+from ..hooks import (
     FeatureTap,
     evaluating,
-    frozen,
     infer_strides,
     keeping_statistics,
     quiet,
     set_mode,
     sharded_modules,
 )
-from .ops.boxes import pairwise_iou
-from .pyramid import align_levels, pair_levels
-from .step import Dense, Grid, Hidden, Positives, RegionOutputs, Regions, Step, pair_dense
-from .targets import Targets
+from ..ops.boxes import pairwise_iou
+from ..pyramid import align_levels, pair_levels
+from ..step import Positives, RegionOutputs, Regions, Step, pair_dense
+from ..targets import Targets
+from .heads import SplitHeads, TeacherHead, scaled
+from .refusals import refusals
 
 # What the student's own forward must be tapped for.
 _OF_STUDENT = {
@@ -42,17 +43,6 @@ _OF_STUDENT = {
     "regions": "regions",
     "teacher_regions": "regions",
 }
-_ALONE = {  # facts that one side gives by itself
-    "teacher_dense": (1, "dense"),
-    "teacher_boxes": (1, "boxes"),
-    "teacher_head": (1, "teacher_head"),
-    "queries": (1, "queries"),
-    "student_dense": (0, "dense"),
-    "priors": (0, "priors"),
-    "assigned": (0, "assigned"),
-}
-
-
 _PAIRS: weakref.WeakSet[Pair] = weakref.WeakSet()  # those that are not detached
 
 
@@ -86,7 +76,7 @@ class Pair:
             tuple(seen.maps[i].shape[1] for i in self.levels[0]),
             tuple(looked.maps[j].shape[1] for j in self.levels[1]),
         )
-        self.refusals = self._refusals(seen, looked)
+        self.refusals = refusals((student, teacher), models, (seen, looked), scale)
 
     def _dry_run(self) -> tuple[Look, Look]:
         with torch.no_grad():
@@ -139,62 +129,6 @@ class Pair:
 
     def _of_student(self, facts: frozenset[str]) -> frozenset[str]:
         return frozenset(_OF_STUDENT[fact] for fact in facts & _OF_STUDENT.keys())
-
-    # Which facts there are ------------------------------------------------------------------
-
-    def _refusals(self, seen: Look, looked: Look) -> dict[str, str]:
-        """Why a fact cannot be had, of each that cannot."""
-        sides = (self.student, self.teacher)
-        names = [f"the {side} ({type(m).__name__})" for side, m in self._named_models()]
-        refused: dict[str, str] = {}
-        for fact, (side, given) in _ALONE.items():
-            if given not in sides[side].gives:
-                refused[fact] = f"{names[side]} gives no {given.removeprefix('teacher_')}"
-        for fact in ("dense", "boxes", "bins", "regions", "split_heads"):
-            for name, detector in zip(names, sides, strict=True):
-                if fact not in detector.gives:
-                    refused.setdefault(fact, f"{name} gives no {fact}")
-        if "dense" not in refused:
-            try:
-                self._dry_dense(seen, looked)
-            except ValueError as error:
-                refused["dense"] = str(error)
-        for fact in ("boxes", "bins"):
-            if "dense" in refused:
-                refused.setdefault(fact, refused["dense"])
-        if "regions" in refused:
-            refused["teacher_regions"] = refused["regions"]
-        elif self.student.num_logits != self.teacher.num_logits:
-            refused["regions"] = refused["teacher_regions"] = (
-                f"the student has {self.student.num_logits} class logits a region, the teacher "
-                f"{self.teacher.num_logits}"
-            )
-        one_stage = self.student.family == self.teacher.family == "one-stage"
-        reason = self._no_positives()
-        if reason is None and one_stage and all("dense" in x.gives for x in sides):
-            reason = refused.get("dense")  # the rows of positives are locations
-        if reason is not None:
-            refused["positives"] = reason
-        return refused
-
-    def _named_models(self) -> list[tuple[str, nn.Module]]:
-        return list(zip(("student", "teacher"), self.models, strict=True))
-
-    def _dry_dense(self, seen: Look, looked: Look) -> None:
-        with torch.no_grad(), evaluating(*self.models):
-            student, teacher = self.student.dense(seen), self.teacher.dense(looked)
-        pair_dense(student, _scaled(teacher, self.scale))
-
-    def _no_positives(self) -> str | None:
-        student, teacher = self.student, self.teacher
-        if student.kind is None or student.kind != teacher.kind:
-            return "the two heads give no comparable class logits on positives"
-        if self.scale != 1:
-            return "teacher_scale is not 1"
-        mine, theirs = student.num_logits, teacher.num_logits
-        if mine is not None and theirs is not None and mine != theirs:
-            return f"the student has {mine} class logits, the teacher {theirs}"
-        return None
 
     @property
     def unlike_classes(self) -> bool:
@@ -278,7 +212,7 @@ class Pair:
             mine = found["student_dense"] = self.student.dense(seen.look, inner)
         if facts & {"dense", "boxes", "bins", "teacher_dense", "teacher_boxes"}:
             with torch.no_grad():
-                theirs = _scaled(self.teacher.dense(looked, their_own), self.scale)
+                theirs = scaled(self.teacher.dense(looked, their_own), self.scale)
             found["teacher_dense"] = theirs
         if facts & {"dense", "boxes", "bins"} and mine is not None and theirs is not None:
             *pair, rows = pair_dense(mine, theirs)
@@ -300,9 +234,9 @@ class Pair:
         if "images" in facts:
             found["images"] = seen.look.view.images
         if "teacher_head" in facts:
-            found["teacher_head"] = _Head(self, looked, their_own)
+            found["teacher_head"] = TeacherHead(self, looked, their_own)
         if "split_heads" in facts:
-            found["split_heads"] = _SplitHeads(self, seen.look, looked, their_own)
+            found["split_heads"] = SplitHeads(self, seen.look, looked, their_own)
         return found
 
     def _regions(self, seen: Seen, looked: Look, proposals: Targets, box: Tensor) -> Regions:
@@ -348,76 +282,6 @@ class Observed:
         """Maps of student and teacher on one grid; runs the teacher."""
         look = self._seen.look
         return self._pair.maps(look, self._pair.look(look.view))
-
-
-class _Head:
-    """The teacher's dense head on maps of its channels, on the paired levels or all of them."""
-
-    def __init__(self, pair: Pair, looked: Look, facts: frozenset[str]) -> None:
-        self._pair, self._looked, self._facts = pair, looked, facts
-
-    def __call__(self, maps: Sequence[Tensor]) -> Dense:
-        whole = _put_in(maps, self._looked.maps, self._pair.levels[1])
-        with frozen(self._pair.models[1]):
-            dense = self._pair.teacher.head(whole, self._looked, self._facts)
-        return _scaled(dense, self._pair.scale)
-
-
-class _SplitHeads:
-    """Both dense heads after some convolutions, on the paired levels, and the teacher's rest."""
-
-    def __init__(self, pair: Pair, seen: Look, looked: Look, facts: frozenset[str]) -> None:
-        self._pair, self._seen, self._looked, self._facts = pair, seen, looked, facts
-
-    def __call__(self, after: int) -> tuple[Hidden, Hidden, Callable[[Hidden], Dense]]:
-        pair = self._pair
-        with keeping_statistics(pair.models[0]):  # its own step remembers them
-            mine = pair.student.hidden(self._seen, after)
-        with torch.no_grad():
-            whole = pair.teacher.hidden(self._looked, after)
-
-        def tail(hidden: Hidden) -> Dense:
-            filled = Hidden(
-                _put_in(hidden.classes, whole.classes, pair.levels[1]),
-                _put_in(hidden.boxes, whole.boxes, pair.levels[1]),
-            )
-            with frozen(pair.models[1]):
-                dense = pair.teacher.tail(filled, after, self._looked, self._facts)
-            return _scaled(dense, pair.scale)
-
-        sides = []
-        for hidden, levels in ((mine, pair.levels[0]), (whole, pair.levels[1])):
-            classes, boxes = ([x[i] for i in levels] for x in (hidden.classes, hidden.boxes))
-            sides.append(Hidden(classes, boxes))
-        return sides[0], sides[1], tail
-
-
-def _put_in(maps: Sequence[Tensor], whole: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
-    """A teacher's levels with some of them replaced, on the cells that both have."""
-    if len(maps) != len(levels):
-        raise ValueError(f"maps: expected {len(levels)} paired levels, but got {len(maps)}")
-    result = list(whole)
-    for j, x in zip(levels, maps, strict=True):
-        theirs = whole[j]
-        if x.shape[2:] != theirs.shape[2:]:  # cut to the shared cells
-            theirs = theirs.to(x.dtype, copy=True)
-            height, width = (min(a, b) for a, b in zip(x.shape[2:], theirs.shape[2:], strict=True))
-            theirs[:, :, :height, :width] = x[:, :, :height, :width]
-            x = theirs
-        result[j] = x.to(whole[j].dtype)
-    return result
-
-
-def _scaled(dense: Dense, scale: float) -> Dense:
-    """A teacher's head in pixels of the student's network input."""
-    if scale == 1:
-        return dense
-    return replace(
-        dense,
-        grids=tuple(Grid(g.stride / scale, g.height, g.width, g.anchors) for g in dense.grids),
-        boxes=None if dense.boxes is None else dense.boxes / scale,
-        priors=None if dense.priors is None else dense.priors / scale,
-    )
 
 
 def _matched(proposals: Targets, truth: Targets) -> tuple[Targets, Tensor]:
