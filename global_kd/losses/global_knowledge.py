@@ -20,6 +20,7 @@ from ..schedules import Schedule
 from ..step import Positives, Step
 from ..targets import Targets
 from .base import DistillLoss, Levels
+from .options import all_or_none
 from .robust_distill import LabelOptions, RobustDistillLoss
 
 _REFRESH_EVERY = 1000  # the default
@@ -137,10 +138,7 @@ class GlobalKnowledgeLoss(DistillLoss):
         probe = RobustDistillLoss((1.0,), **rdm)  # a wrong option is reported here
         weights: dict[str, float | None] = {**probe.weights}
         given = (student_channels, teacher_channels, strides)
-        if any(x is not None for x in given) and any(x is None for x in given):
-            raise ValueError(
-                "student_channels, teacher_channels, strides: expected all three or none"
-            )
+        built = all_or_none(*given)
         super().__init__(
             weights,
             adapter=adapter,
@@ -177,7 +175,7 @@ class GlobalKnowledgeLoss(DistillLoss):
             )
         self._class_names = class_names
         self._rdm_options, self._min_side = rdm, min_side
-        if given[0] is not None:
+        if built:
             self.build(Levels(*map(tuple, given)))  # type: ignore[arg-type]
 
     @classmethod
