@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, arguments
+from .asked import OF_TRUTH, Asked
 from .detectors import Look, Pixels, ReadHead, Seen, reader
 from .doctor import Alarm, Calibration, FindObjects, HeldShares, Report, Setup, Watch, examine
 from .hooks import FeatureTap, evaluating
@@ -19,18 +20,7 @@ from .losses.base import DistillLoss, Levels
 from .pair import Observed, Pair
 from .prototypes.bank import PrototypeBank
 from .prototypes.passes import Passes
-from .step import FACTS, Step
 from .targets import Targets
-
-# Facts that tell of ground truth.
-_OF_TRUTH = frozenset({"targets", "positives", "assigned", "regions", "teacher_regions", "omega"})
-# The field of a step that holds a fact.
-_FIELDS = {
-    "boxes": "dense",
-    "bins": "dense",
-    "teacher_boxes": "teacher_dense",
-    "proposals": "positives",
-}
 
 
 class Distiller(nn.Module):
@@ -142,12 +132,12 @@ class Distiller(nn.Module):
             )
             undo.callback(theirs.detach)
             self._pair = Pair(mine, theirs, self._models, teacher_scale, moving_teacher)
-            self._facts = {name: self._facts_for(loss, named) for name, loss in named.items()}
+            self._asked = Asked(named, self._pair)
             strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
             for loss in named.values():
                 loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
             undo.pop_all()
-        asked = any(loss.active and "omega" in self._facts[name] for name, loss in named.items())
+        asked = any(loss.active and "omega" in self._asked[name] for name, loss in named.items())
         for loss in named.values():
             loss.weighs_for_others = asked and loss.keeps_prototypes
         self.losses = nn.ModuleDict(named).to(next(self._models[0].parameters()).device)
@@ -157,8 +147,7 @@ class Distiller(nn.Module):
             bank, refresh = keeper.bank, keeper.refresh
             moving = moving_teacher
             self._passes = Passes(keeper.generator, bank, strides, refresh, moving=moving)
-        self._wanted = frozenset[str]().union(*self._facts.values())
-        self._tap = FeatureTap(student, self._pair.taps(self._wanted), inputs=mine.inputs)
+        self._tap = FeatureTap(student, self._pair.taps(self._asked.by_all), inputs=mine.inputs)
         self._held = HeldShares()
         self._alarm, self._watch = Alarm(), Watch(self._models[0], named, [*mine.taps.values()])
 
@@ -201,7 +190,7 @@ class Distiller(nn.Module):
         if not active:
             self._tap.clear()
             return {}
-        facts, call = self._facts_of(active), self._tap.call
+        facts, call = self._asked.by(active), self._tap.call
         with self._pair.teaching():
             seen = self._pair.read(self._tap, images, targets, facts)
             if self.training and self._held.due(dict(self._each())):
@@ -240,7 +229,7 @@ class Distiller(nn.Module):
             >>> sum(kd.distil(images).values()).backward()  # doctest: +SKIP
         """
         for _, loss in self._each():
-            if loss.active and (truth := loss.needs & _OF_TRUTH):
+            if loss.active and (truth := loss.needs & OF_TRUTH):
                 raise ValueError(
                     f"losses: expected only such that need no ground truth, but "
                     f"{type(loss).__name__} needs {', '.join(sorted(truth))}; make a Distiller of "
@@ -249,14 +238,14 @@ class Distiller(nn.Module):
         active = {name: loss for name, loss in self._each() if loss.active}
         if not active:
             return {}
-        facts = self._wanted - _OF_TRUTH - {"proposals"}
+        facts = self._asked.by_all - OF_TRUTH - {"proposals"}
         with self._pair.teaching():
             step = self._pair.unlabelled(images, facts)
         if self.training:
             self._watch.gradients(step.student)
         terms: dict[str, Tensor] = {}
         for name, loss in active.items():
-            terms |= loss(step.student, step.teacher, None, **self._given(step, name))
+            terms |= loss(step.student, step.teacher, None, **self._asked.given(step, name))
         if self.training:
             self._alarm.hear(terms, None)
             self._watch.step()
@@ -274,61 +263,20 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """One batch through losses of these names, the keeper of prototypes first."""
         active = {name: loss for name, loss in losses.items() if loss.active}
-        facts = self._facts_of(active)
-        step = self._pair.step(seen, looked, facts)
+        step = self._pair.step(seen, looked, self._asked.by(active))
         terms: dict[str, Tensor] = {}
         keeper = next((loss for loss in losses.values() if loss.keeps_prototypes), None)
         for name, loss in active.items():
-            if "omega" in self._facts[name] and step.omega is None and keeper is not None:
+            if "omega" in self._asked[name] and step.omega is None and keeper is not None:
                 step = replace(step, omega=keeper.weights_of(step))
-            terms |= loss(step.student, step.teacher, step.targets, **self._given(step, name))
+            terms |= loss(step.student, step.teacher, step.targets, **self._asked.given(step, name))
         return terms
-
-    def _facts_of(self, names: Iterable[str]) -> frozenset[str]:
-        """What these losses ask for, and whoever weighs for them."""
-        facts = frozenset[str]().union(*(self._facts[name] for name in names))
-        keeper = self._keeper
-        return facts | self._facts[keeper.name] if "omega" in facts and keeper else facts
-
-    def _given(self, step: Step, name: str) -> dict[str, Any]:
-        """The facts of a step that one loss asked for."""
-        fields = {_FIELDS.get(fact, fact) for fact in self._facts[name]} - {"targets", "priors"}
-        if "priors" in self._facts[name]:
-            fields.add("student_dense")
-        return {field: getattr(step, field) for field in fields}
-
-    def _facts_for(self, loss: DistillLoss, losses: Mapping[str, DistillLoss]) -> frozenset[str]:
-        """What a loss gets here: all that it needs, and of its wishes what there is."""
-        refused = dict(self._pair.refusals)
-        if not any(x.keeps_prototypes for x in losses.values()):
-            refused["omega"] = "no loss beside it keeps prototypes; add a GlobalKnowledgeLoss"
-        for fact in sorted(loss.needs):
-            if fact in refused:
-                able = sorted(
-                    method.__name__
-                    for method in arguments.all_methods()
-                    if not method.needs & refused.keys()
-                )
-                raise ValueError(
-                    f"losses: {type(loss).__name__} needs {fact} ({FACTS[fact]}), but "
-                    f"{refused[fact]}. What this pair can give is enough for "
-                    f"{', '.join(able) or 'no loss that is imported'}"
-                )
-        if "positives" in loss.wishes and self._pair.unlike_classes:
-            raise ValueError(
-                f"teacher: expected {self._pair.student.num_logits} class logits like the "
-                f"student's, but got {self._pair.teacher.num_logits}; soft labels need the same "
-                "classes, or switch them off with logits=0"
-            )
-        return loss.needs | (loss.wishes - refused.keys())
 
     def nothing_distilled(self) -> str:
         """Why there was no term, as a sentence."""
-        refused = self._pair.refusals
-        wished = {fact for _, loss in self._each() for fact in loss.wishes}
-        why = "; ".join(f"no {fact}: {refused[fact]}" for fact in sorted(wished & refused.keys()))
+        why = self._asked.missed() or "all weights are 0"
         return (
-            f"no loss put out a term, so nothing is distilled ({why or 'all weights are 0'}); give "
+            f"no loss put out a term, so nothing is distilled ({why}); give "
             "a weight to a term that needs feature maps only, such as foreground or background"
         )
 
@@ -452,7 +400,7 @@ class Distiller(nn.Module):
 
     def _setup(self) -> Setup:
         """What the doctor tries out."""
-        return Setup(self._pair, dict(self._each()), self._tap, self._pass_on, self._wanted)
+        return Setup(self._pair, dict(self._each()), self._tap, self._pass_on, self._asked.by_all)
 
     def get_extra_state(self) -> Tensor:
         """The shares that are held, for ``state_dict``."""

@@ -71,6 +71,7 @@ RANK = {
     "pair": 8,
     "doctor": 9,
     "arguments": 9,
+    "asked": 9,
     "distiller": 10,
     "trainers": 11,
     "__main__": 12,
