@@ -133,6 +133,8 @@ class Distiller(nn.Module):
             undo.callback(theirs.detach)
             self._pair = Pair(mine, theirs, self._models, teacher_scale, moving_teacher)
             self._asked = Asked(named, self._pair)
+            for loss in named.values():
+                loss.check_pair(self._pair.dry)
             strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
             for loss in named.values():
                 loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))

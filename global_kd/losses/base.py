@@ -171,6 +171,14 @@ class DistillLoss(WeightedTerms):
         """Take instances from the training stream from now on, in losses that keep prototypes."""
         raise NotImplementedError(f"{type(self).__name__} keeps no prototypes")
 
+    def check_pair(self, dry: Callable[[frozenset[str]], Step]) -> None:
+        """Once, when a Distiller is made: an error where the options do not fit the detectors.
+
+        Args:
+            dry: Gives the step of an example without ground truth, with the facts named; it runs
+                both detectors.
+        """
+
     def check_values(self, truth: Targets, proposals: Targets | None, images: int) -> None:
         """Look at the values of a step's boxes; makes an accelerator wait once."""
         for targets in (truth, proposals):

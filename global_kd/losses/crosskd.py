@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,6 +116,17 @@ class CrossKD(DistillLoss):
     @property
     def adapts(self) -> bool:
         return not self.after
+
+    def check_pair(self, dry: Callable[[frozenset[str]], Step]) -> None:
+        if not self.after:
+            return
+        with torch.no_grad():
+            try:
+                self._cross(dry(frozenset({"split_heads"})))
+            except ValueError as error:
+                raise ValueError(
+                    f"losses: CrossKD(after={self.after}) does not fit this pair: {error}"
+                ) from None
 
     def _cross(self, step: Step) -> Dense:
         """What the teacher's head, or its rest, says of the student's features."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,9 @@ class SplitHeads:
 
     def __call__(self, after: int) -> tuple[Hidden, Hidden, Callable[[Hidden], Dense]]:
         pair = self._pair
-        with keeping_statistics(pair.models[0]):  # its own step remembers them
+        with keeping_statistics(pair.models[0]), _named("student", pair):  # own step remembers them
             mine = pair.student.hidden(self._seen, after)
-        with torch.no_grad():
+        with torch.no_grad(), _named("teacher", pair):
             whole = pair.teacher.hidden(self._looked, after)
 
         def tail(hidden: Hidden) -> Dense:
@@ -57,6 +58,16 @@ class SplitHeads:
             classes, boxes = ([x[i] for i in levels] for x in (hidden.classes, hidden.boxes))
             sides.append(Hidden(classes, boxes))
         return sides[0], sides[1], tail
+
+
+@contextmanager
+def _named(role: str, pair: Pair) -> Iterator[None]:
+    """Context in which an error says whose head it is about."""
+    model = pair.models[("student", "teacher").index(role)]
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the {role}'s head ({type(model).__name__}): {error}") from None
 
 
 def _put_in(maps: Sequence[Tensor], whole: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:

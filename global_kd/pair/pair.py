@@ -82,13 +82,19 @@ class Pair:
         with torch.no_grad():
             with evaluating(self.models[0]):
                 seen = self.student.look(self.student.example())
-            # FSDP2 keeps its root's parameters whole until a backward, which does not come here; an
-            # optimizer made now would be given those, and they do not stay.
-            for module in sharded_modules(self.models[0]):
-                module.reshard()
+            self._reshard()
             teacher = self.models[1]
             with evaluating(teacher), telling_channels(seen.view.images, teacher):
                 return seen, self.look(seen.view)
+
+    def _reshard(self) -> None:
+        """After a forward of the student without a backward.
+
+        FSDP2 keeps its root's parameters whole until one comes; an optimizer made now would be
+        given those, and they do not stay.
+        """
+        for module in sharded_modules(self.models[0]):
+            module.reshard()
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -182,7 +188,16 @@ class Pair:
         The student runs in the mode that it is in, no further than its maps and the heads that are
         asked for.
         """
-        view = self.student.see(images)
+        return self._without_truth(self.student.see(images), facts)
+
+    def dry(self, facts: frozenset[str]) -> Step:
+        """Likewise on an example, in eval mode and without gradients."""
+        with torch.no_grad(), evaluating(*self.models):
+            step = self._without_truth(self.student.example(), facts)
+        self._reshard()
+        return step
+
+    def _without_truth(self, view: View, facts: frozenset[str]) -> Step:
         look = self.student.look(view)
         with torch.no_grad():
             looked = self.look(view)

@@ -107,11 +107,25 @@ def test_a_teacher_like_the_student_is_followed_already():
 def test_what_does_not_fit_is_said():
     torch.manual_seed(0)
     student, teacher = detector("retinanet", 8), detector("retinanet", 12)
-    kd = Distiller(student, teacher, CrossKD(after=2))
-    student(*scenes())
     with pytest.raises(ValueError, match=r"after: expected heads of equal width.* 8 .* 12"):
-        kd(*scenes())
+        Distiller(student, teacher, CrossKD(after=2))
+    hooks = [m for m in student.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
     with pytest.raises(ValueError, match="CrossKD needs split_heads"):
         Distiller(detector("ssd", 8), detector("ssd", 12), CrossKD(after=1))
     with pytest.raises(ValueError, match="after: expected"):
         CrossKD(after=-1)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_more_convolutions_than_a_head_has_are_refused_when_the_distiller_is_made(kind):
+    """Not at the first step; and the loss can still be given to another pair."""
+    count = CONVOLUTIONS[kind]
+    student, teacher = detector(kind, 8), detector(kind, 8)
+    said = rf"losses: CrossKD\(after={count + 1}\) does not fit this pair: the student's head"
+    said += rf" \({type(student).__name__}\): after: expected 1 to {count}, the convolutions"
+    loss = CrossKD(after=count + 1)
+    with pytest.raises(ValueError, match=said):
+        Distiller(student, teacher, loss)
+    assert not loss.built
+    Distiller(student, teacher, CrossKD(after=count))
