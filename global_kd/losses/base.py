@@ -80,6 +80,7 @@ class DistillLoss(WeightedTerms):
     weighs_for_others: bool = False
     """Whether a loss beside it asks for its robust weights; a :class:`global_kd.Distiller` says."""
 
+    __call__: Callable[..., dict[str, Tensor]]  # nn.Module says Any
     adapters: nn.ModuleList
     bank: PrototypeBank
     generator: PrototypeGenerator
