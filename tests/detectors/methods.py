@@ -2,6 +2,7 @@
 
     python -m tests.detectors.methods              # writes methods.json and the table of docs
     python -m tests.detectors.methods --only FCOS  # rows whose name holds a word
+    python -m tests.detectors.methods --compiled   # the last column: students under torch.compile
 
 Rows of packages that are not installed are kept as they are.
 """
@@ -24,6 +25,7 @@ from global_kd import Distiller, GlobalKnowledgeLoss, losses
 from global_kd.losses import DistillLoss
 
 RESULTS = Path(__file__).parent / "methods.json"
+COMPILED = Path(__file__).parent / "methods_compiled.json"
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 MARKS = ("<!-- table: methods -->", "<!-- end of the table -->")
 STEPS = 3
@@ -210,6 +212,53 @@ def put_through(row: Row, method: Callable[[], DistillLoss]) -> str:
     return ", ".join(name.removeprefix("kd_") for name in sorted(terms))
 
 
+# Where a compiled student is tried: the first of these that serves the method.
+_COMPILED_ON = (
+    "a detector of one's own",
+    "torchvision FCOS",
+    "Ultralytics YOLOv8 <- YOLO11",
+    "transformers RT-DETR",
+)
+
+
+def compiled(method: str, backend: str = "inductor") -> str:
+    """On which detector a student under `torch.compile` gave the terms of one without."""
+    for name in _COMPILED_ON:
+        row = ROWS[name][1]()
+        make = methods(row.classes, row.columns)[method]
+        if not put_through(row, make).startswith("no: "):
+            break
+    else:
+        raise AssertionError(f"no detector serves {method}")
+    found = []
+    for how in (lambda student: student, lambda student: torch.compile(student, backend=backend)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        student, teacher = row.pair()
+        kd = Distiller(student, teacher, make(), **row.options())
+        for loss in kd.losses.values():
+            loss.warmup_steps = 0
+        running, batch = how(student.train()), row.batch()
+        torch.manual_seed(1)
+        row.step(running, batch)
+        terms = kd(*batch)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(sum(terms.values()), parameters, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(slopes, parameters)]
+        found.append((terms, filled))
+        kd.detach()
+    torch._dynamo.reset()
+    (expected, expected_slopes), (terms, slopes) = found
+    assert terms.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(terms[key], value, rtol=1e-3, atol=1e-6)
+    whole = sum(float(g.norm()) ** 2 for g in expected_slopes) ** 0.5
+    assert whole > 0
+    for mine, theirs in zip(slopes, expected_slopes):
+        assert float((mine - theirs).norm()) <= 1e-3 * whole
+    return name
+
+
 def run(name: str) -> dict[str, str]:
     """One row of the table."""
     row = ROWS[name][1]()
@@ -222,13 +271,15 @@ def run(name: str) -> dict[str, str]:
     return found
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
+def table(rows: dict[str, dict[str, str]], under_compile: dict[str, str]) -> str:
     """A row a method, a column a detector: fewer of these, so that the page holds them."""
     detectors = [name for name in ROWS if name in rows]
-    lines = ["| | " + " | ".join(detectors) + " |", "|---" * (len(detectors) + 1) + "|"]
+    heads = [*detectors, "compiled student"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in dict.fromkeys(method for row in rows.values() for method in row):
         refused = [rows[name].get(method, "no").startswith("no") for name in detectors]
         marks = ["-" if no else "yes" for no in refused]
+        marks.append(under_compile.get(method, "not run"))
         lines.append(f"| {method} | " + " | ".join(marks) + " |")
     return "\n".join(lines)
 
@@ -239,7 +290,23 @@ def write(rows: dict[str, dict[str, str]]) -> None:
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    PAGE.write_text(f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    text = f"{head}{MARKS[0]}\n{table(rows, read(COMPILED))}\n{MARKS[1]}{tail}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def run_compiled() -> None:
+    """The last column: every method on a student under `torch.compile` with its usual backend."""
+    found = {}
+    for method in methods(3):
+        start = time.perf_counter()
+        found[method] = compiled(method)
+        print(f"{method}: {found[method]} ({time.perf_counter() - start:.0f} s)", flush=True)
+    COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(read(RESULTS))
 
 
 def main() -> None:
@@ -248,9 +315,12 @@ def main() -> None:
         "--only", nargs="+", default=[""], help="parts of the names of the rows to run"
     )
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    parser.add_argument("--compiled", action="store_true", help="only the column of that name")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.compiled:
+        return run_compiled()
+    rows = read(RESULTS)
     for name, (package, _) in ROWS.items():
         if not any(word in name for word in options.only) or find_spec(package) is None:
             continue
