@@ -19,9 +19,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Targets, pair
+from global_kd import Distiller, GlobalKnowledgeLoss, Targets
 from global_kd.doctor import Alarm
 from global_kd.ops.dispatch import force
+from global_kd.pair import pair
 
 _PACKAGES = ("global_kd", "torchvision")
 _ON_A_CPU = ((Targets, "validate"), (pair, "refuse_strangers"), (Alarm, "_look"))
