@@ -2,13 +2,13 @@
 
 Each part is a line of its own: the student's step alone, the teacher's forward (its backbone and,
 for soft labels, its box head), and what distillation itself adds: loss terms, forward and backward
-down to the student's maps. The teacher's forward also comes in other forms. Weights are random,
-boxes are many: 32 an image, as in the full step.
+down to the student's maps, of one method, of another, and of a list of both. The teacher's forward
+also comes in other forms. Weights are random, boxes are many: 32 an image, as in the full step.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from global_kd import PAPER, Distiller, GlobalKnowledgeLoss, Targets
+from global_kd.losses import PKD, DistillLoss
 from global_kd.step import Positives
 
 from .measure import Bar, Effort, peak_memory, say, take_turns
@@ -25,6 +26,7 @@ from .suite import VERDICT, described, mebibytes, milliseconds, number
 ADAPTERS = ("identity", "conv1x1", "conv3x3")
 STUDENT = "student step"
 TEACHER = "teacher forward"
+ONE, OTHER, BOTH = "kd terms, identity", "pkd terms", "terms of a list of both"
 
 
 def detector(layers: int, side: int, longest: int, small: bool) -> Any:
@@ -90,23 +92,23 @@ def run(
     train(None)  # makes the optimizer's own buffers
     works: dict[str, Callable[[], Any]] = {STUDENT: partial(train, None)}
     for adapter in ADAPTERS:
-        # Rows are collected as by default, but no refresh falls into the measurement.
-        options: dict[str, Any] = {"adapter": adapter, "total_steps": 1000, **PAPER}
-        loss = GlobalKnowledgeLoss(91, refresh_every=999, **options)
+        loss = global_knowledge(adapter)
         kd = Distiller(student, teacher, loss)
         fill(loss, device)
-        calls: list[tuple[Any, Any]] = []
-        hook = loss.register_forward_pre_hook(
-            lambda _, args, kwargs, calls=calls: calls.append((args, kwargs)), with_kwargs=True
-        )
-        train(kd)
-        hook.remove()
-        works[f"kd terms, {adapter}"] = terms_alone(loss, *calls[0])
+        calls = asked(kd, partial(train, kd))
+        works[f"kd terms, {adapter}"] = terms_alone(calls)
         if adapter == "identity":
             works["step with kd, identity"] = partial(train, kd)
-            proposals = calls[0][0][2]
+            proposals = calls[0][1][2]
         else:
             kd.detach()
+    loss = global_knowledge("identity")
+    several = Distiller(student, teacher, [loss, PKD(adapter="identity")])
+    fill(loss, device)
+    calls = asked(several, partial(train, several))
+    several.detach()
+    works[OTHER] = terms_alone([call for call in calls if call[0] is not loss])
+    works[BOTH] = terms_alone(calls)
     works[TEACHER] = partial(teach, teacher, images, proposals)
     for form, twin in forms(teacher, compiled).items():
         works[f"{TEACHER}, {form}"] = partial(teach, twin, images, proposals)
@@ -118,9 +120,10 @@ def run(
         rows[name]["wall"] = times
     alone = rows[STUDENT]["wall"]["median_s"]
     shares = {name: row["wall"]["median_s"] / alone for name, row in rows.items()}
+    sums = shares[ONE] + shares[OTHER]
     added = shares["step with kd, identity"] - 1 - shares[TEACHER]
     bar = Bar("share", STUDENT, cuda=0.05).judge(
-        {"contestants": {"library": rows["kd terms, identity"], STUDENT: rows[STUDENT]}},
+        {"contestants": {"library": rows[ONE], STUDENT: rows[STUDENT]}},
         None if quick else device.type,
     )
     return {
@@ -129,6 +132,7 @@ def run(
         "parts": rows,
         "shares": shares,
         "added_beside_the_teacher": added,
+        "list_of_the_sum_of_its_parts": shares[BOTH] / sums,
         "bars": [bar],
         "passed": True,
     }
@@ -169,6 +173,12 @@ def teach(teacher: Any, images: list[Tensor], proposals: Targets) -> list[Tensor
     return [*maps.values(), heads.box_predictor(heads.box_head(pooled))[0]]
 
 
+def global_knowledge(adapter: str) -> GlobalKnowledgeLoss:
+    """Rows are collected as by default, but no refresh falls into the measurement."""
+    options: dict[str, Any] = {"adapter": adapter, "total_steps": 1000, **PAPER}
+    return GlobalKnowledgeLoss(91, refresh_every=999, **options)
+
+
 def fill(loss: GlobalKnowledgeLoss, device: torch.device) -> None:
     """A bank as after the first refresh: without one, terms are cheaper."""
     bank = loss.to(device).bank
@@ -178,21 +188,41 @@ def fill(loss: GlobalKnowledgeLoss, device: torch.device) -> None:
     bank.valid.fill_(True)
 
 
-def terms_alone(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Callable[[], list[Tensor]]:
-    """The loss on what it was given in a step, and its backward down to the student's maps."""
-    maps, *others = args
-    maps = [x.detach().requires_grad_() for x in maps]
-    kwargs = dict(kwargs)
-    leaves = [*maps, *loss.parameters()]
-    positives: Positives | None = kwargs.get("positives")
-    if positives is not None and positives.student is not None:
-        rows = positives.student.detach().requires_grad_()
-        kwargs["positives"] = dataclasses.replace(positives, student=rows)
-        leaves.append(rows)
+Call = tuple[DistillLoss, Any, dict[str, Any]]
+
+
+def asked(kd: Distiller, step: Callable[[], Any]) -> list[Call]:
+    """What each loss was called with in a step, in turn."""
+    calls: list[Call] = []
+
+    def note(loss: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append((loss, args, kwargs))
+
+    hooks = [loss.register_forward_pre_hook(note, with_kwargs=True) for loss in kd.losses.values()]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def terms_alone(calls: Sequence[Call]) -> Callable[[], list[Tensor]]:
+    """Losses on what they were given in a step, and one backward down to the student's maps."""
+    maps = [x.detach().requires_grad_() for x in calls[0][1][0]]
+    leaves, given = list(maps), []
+    for loss, (_, *others), kwargs in calls:
+        leaves += loss.parameters()
+        positives: Positives | None = kwargs.get("positives")
+        if positives is not None and positives.student is not None:
+            rows = positives.student.detach().requires_grad_()
+            kwargs = {**kwargs, "positives": dataclasses.replace(positives, student=rows)}
+            leaves.append(rows)
+        given.append((loss, others, kwargs))
 
     def work() -> list[Tensor]:
-        terms = loss(maps, *others, **kwargs)
-        return list(torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves))
+        terms = [
+            x for loss, others, kwargs in given for x in loss(maps, *others, **kwargs).values()
+        ]
+        return list(torch.autograd.grad(torch.stack(terms).sum(), leaves))
 
     return work
 
@@ -208,6 +238,10 @@ def table(results: Mapping[str, Any]) -> str:
     lines.append(
         "step with kd less student step and teacher forward: "
         f"{results['added_beside_the_teacher']:+.1%} of the student step"
+    )
+    lines.append(
+        f"a list of two losses takes {results['list_of_the_sum_of_its_parts']:.2f} of the time of "
+        "its parts"
     )
     for bar in results["bars"]:
         judged = f"({bar['bar']})" if bar["bar"] else "(reported, no bar)"

@@ -348,7 +348,13 @@ def test_gpu_check_runs_dry(dry_run):
         json.loads((files / f"{name}_cpu.json").read_text(encoding="utf-8"))
         for name in ("training", "scaling")
     )
-    assert {"student step", "teacher forward", "kd terms, identity"} <= set(training["parts"])
+    parts = training["parts"]
+    assert {"student step", "teacher forward", "kd terms, identity"} <= set(parts)
+    one, other, both = (
+        parts[name]["wall"]["median_s"]
+        for name in ("kd terms, identity", "pkd terms", "terms of a list of both")
+    )
+    assert training["list_of_the_sum_of_its_parts"] == pytest.approx(both / (one + other))
     assert {curve["by"] for curve in scaling["curves"]} == {"boxes", "side", "pursuit"}
 
 

@@ -1,8 +1,8 @@
-"""The proposals of LW-DETR and RF-DETR as a dense head: scores and a box at every cell.
+"""The proposals of LW-DETR, RF-DETR and the two-stage Deformable DETR as a dense head.
 
-They choose their queries as the two-stage Deformable DETR does (Zhu et al. 2021, "Deformable DETR",
-appendix A.4), from cells that padding leaves out. In training several groups of queries choose for
-themselves; the first is the one that is left in use.
+They choose their queries from the cells that padding leaves out, by scores and a box at each (Zhu
+et al. 2021, "Deformable DETR", appendix A.4). In training of LW-DETR and RF-DETR several groups of
+queries choose for themselves; the first is the one that is left in use.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,15 @@ class ProposalHead:
         path: Its path in the detector.
     """
 
+    norm = "enc_output_norm.0"
+    """The module whose output is scored."""
+
     def __init__(self, owner: Any, path: str) -> None:
         self._owner, self._path = owner, path
 
     def taps_for(self, facts: frozenset[str]) -> dict[str, str]:
         """Modules to record while a student trains."""
-        return {_MEMORY: f"{self._path}.enc_output_norm.0"} if facts & _DENSE else {}
+        return {_MEMORY: f"{self._path}.{self.norm}"} if facts & _DENSE else {}
 
     def dense(
         self,
@@ -46,27 +49,61 @@ class ProposalHead:
         tapped: Mapping[str, Any] | None = None,
     ) -> Dense:
         """Of the projector's maps. Boxes are relative to the images without their padding."""
-        owner, sizes = self._owner, [(x.shape[2], x.shape[3]) for x in maps]
+        sizes = [(x.shape[2], x.shape[3]) for x in maps]
         strides = infer_strides(view.size, sizes)
         grids = tuple(Grid(s, h, w) for s, (h, w) in zip(strides, sizes, strict=True))
         anchors, valid = _anchors(grids, view, maps[0])
         memory = (tapped or {}).get(_MEMORY)
         if memory is None:
             rows = rows_of(maps).masked_fill(~valid[:, :, None], 0)
-            memory = owner.enc_output_norm[0](owner.enc_output[0](rows))
+            memory = self._memory(rows)
         boxes = None
         if "boxes" in facts:
-            deltas = owner.enc_out_bbox_embed[0](memory).to(anchors.dtype)
-            centre = deltas[..., :2] * anchors[..., 2:] + anchors[..., :2]
-            half = deltas[..., 2:].exp() * anchors[..., 2:] / 2
+            centre, half = self._regressed(memory, anchors)
             sides = anchors.new_tensor([view.size])
             if view.sizes is not None:
                 sides = torch.as_tensor(view.sizes, device=anchors.device).to(anchors.dtype)
             boxes = torch.cat([centre - half, centre + half], dim=2)
             boxes = boxes * sides.flip(1).repeat(1, 2)[:, None]
         priors = cells_of(grids, maps[0]) if "priors" in facts else None
-        logits = owner.enc_out_class_embed[0](memory)
-        return Dense(logits, grids, boxes=boxes, priors=priors, valid=valid)
+        return Dense(self._logits(memory), grids, boxes=boxes, priors=priors, valid=valid)
+
+    def _memory(self, rows: Tensor) -> Tensor:
+        memory: Tensor = self._owner.enc_output_norm[0](self._owner.enc_output[0](rows))
+        return memory
+
+    def _logits(self, memory: Tensor) -> Tensor:
+        logits: Tensor = self._owner.enc_out_class_embed[0](memory)
+        return logits
+
+    def _regressed(self, memory: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres and half sides ``(B, N, 2)`` in units of the images."""
+        deltas = self._owner.enc_out_bbox_embed[0](memory).to(anchors.dtype)
+        centre = deltas[..., :2] * anchors[..., 2:] + anchors[..., :2]
+        return centre, deltas[..., 2:].exp() * anchors[..., 2:] / 2
+
+
+class TwoStageHead(ProposalHead):
+    """That of a two-stage Deformable DETR: how much a cell looks like any object, and its box.
+
+    The last of the decoder's heads speaks of the cells. They are ranked by its first column alone,
+    which stands for all classes.
+    """
+
+    norm = "enc_output_norm"
+
+    def _memory(self, rows: Tensor) -> Tensor:
+        memory: Tensor = self._owner.enc_output_norm(self._owner.enc_output(rows))
+        return memory
+
+    def _logits(self, memory: Tensor) -> Tensor:
+        logits: Tensor = self._owner.decoder.class_embed[-1](memory)
+        return logits[..., :1]
+
+    def _regressed(self, memory: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        offsets = self._owner.decoder.bbox_embed[-1](memory).to(anchors.dtype)
+        boxes = (offsets + anchors.clamp(_EDGE, 1 - _EDGE).logit()).sigmoid()
+        return boxes[..., :2], boxes[..., 2:] / 2
 
 
 def _anchors(grids: tuple[Grid, ...], view: View, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class EncoderHead:
             if offsets is None:
                 offsets = self._owner.enc_bbox_head(memory)
             relative = (offsets.to(anchors.dtype) + anchors.logit()).sigmoid()
-            boxes = _corners(relative, view.size)
+            boxes = corners(relative, view.size)
         priors = cells_of(grids, maps[0]) if "priors" in facts else None
         return Dense(logits, grids, boxes=boxes, priors=priors, valid=valid)
 
@@ -165,7 +165,7 @@ def _anchors(grids: tuple[Grid, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     return together.clamp(1e-4, 1 - 1e-4), valid
 
 
-def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Two corners ``(..., 4)`` in pixels from centre, width and height in units of the image."""
     x, y, w, h = boxes.unbind(dim=-1)
     sides = [(x - w / 2) * size[1], (y - h / 2) * size[0]]

@@ -6,7 +6,7 @@ distiller as ``kd(batch)``. Labels are ``class_labels``, counted from 0 without 
 
 Soft labels are the scores by which RT-DETR, LW-DETR and their kin choose queries: each cell has
 some. There are none of queries: each detector's are a set of their own, and no row of one belongs
-to a row of another.
+to a row of another. A two-stage Deformable DETR scores its cells without telling classes apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,8 @@ class _Family:
         patches: Whether the tokens are a ViT's: class token, patches, detection tokens.
         divisor: Of the height and width that it takes.
         bare: Whether that module puts out the maps and nothing around them.
-        dense: What has scores and a box at every cell, ``"rt-detr"`` or ``"lw-detr"``, if anything.
+        dense: What has scores and a box at every cell, if anything: ``"rt-detr"``, ``"lw-detr"``,
+            or, where the configuration says so, ``"two-stage"``.
     """
 
     features: str = "model.encoder"
@@ -67,7 +68,7 @@ _FAMILIES = {
     "deimv2": _HYBRID,
     "lw_detr": _PROJECTED,
     "rf_detr": _PROJECTED,
-    "deformable_detr": _Family(shapes="model.input_proj"),
+    "deformable_detr": _Family(shapes="model.input_proj", dense="two-stage"),
     "detr": _SOFTMAX,
     "table-transformer": _SOFTMAX,
     "conditional_detr": _ONE_LEVEL,
@@ -93,7 +94,7 @@ class TransformersDetector(MapsOnly):
         self.model, self._family = model, _family(model)
         self.activation = self._family.activation
         self.num_classes: int | None = model.config.num_labels
-        self.num_logits: int | None = self.num_classes if self._family.dense else None
+        self.num_logits: int | None = None
         self.pixels: Pixels | None = self._family.pixels
         backbone = getattr(model.config, "backbone_config", None)
         if getattr(backbone, "model_type", None) == "dinov3_vit":
@@ -102,13 +103,17 @@ class TransformersDetector(MapsOnly):
         self.gives = self.gives | {"queries"}
         self.kind: str | None = None
         self._cells: rt_detr.EncoderHead | lw_detr.ProposalHead | None = None
-        if self._family.dense is not None:
-            self.gives = self.gives | rt_detr.GIVES
         if self._family.dense == "rt-detr":
             self.kind = rt_detr.KIND
             self._cells = rt_detr.EncoderHead(model.model, "model", self._projected, every_box=True)
         elif self._family.dense == "lw-detr":
             self.kind, self._cells = lw_detr.KIND, lw_detr.ProposalHead(model.model, "model")
+        elif self._family.dense == "two-stage" and model.config.two_stage:
+            self._cells = lw_detr.TwoStageHead(model.model, "model")
+        if self.kind is not None:
+            self.gives, self.num_logits = self.gives | rt_detr.GIVES, self.num_classes
+        elif self._cells is not None:  # whose scores are not those of classes
+            self.gives = self.gives | (rt_detr.GIVES - {"positives"})
         self.taps = {"features": self._family.features}
         if (path := self._family.shapes) is not None:
             shapes = model.get_submodule(path)

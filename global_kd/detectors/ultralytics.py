@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hooks import FeatureTap, evaluating, tensors_in
-from ..step import Dense, Hidden
+from ..step import Dense, Hidden, Queries
 from ..targets import Targets
 from . import rt_detr
 from .given import refuse_other_format, taken
@@ -67,7 +67,7 @@ class UltralyticsDetector(MapsOnly):
         self._encoder: rt_detr.EncoderHead | None = None
         path = f"model.{last}"
         if family == "rtdetr":
-            self.kind, self.gives = rt_detr.KIND, self.gives | rt_detr.GIVES
+            self.kind, self.gives = rt_detr.KIND, self.gives | rt_detr.GIVES | {"queries"}
             self._encoder = rt_detr.EncoderHead(head, path, self._projected, every_box=False)
         elif getattr(head, "cv3", None) is not None and not hasattr(head, "lrpc"):
             self.kind = "ultralytics"
@@ -173,6 +173,17 @@ class UltralyticsDetector(MapsOnly):
         if self._yolo is None:
             return super().tail(hidden, after, look, facts)
         return self._yolo.tail(hidden, after, facts, look.raw)
+
+    def queries(self, look: Look) -> Queries:
+        """The decoder layer that is used, from RT-DETR's head on the maps."""
+        if self._encoder is None:
+            return super().queries(look)
+        layer = {"embeddings": f"decoder.layers.{self._head.decoder.eval_idx}"}
+        with evaluating(self._head), FeatureTap(self._head, layer) as tap:
+            boxes, logits = self._head(list(look.maps))[1][:2]
+            embeddings = tap.read()["embeddings"]
+        boxes = boxes[-1].to(torch.promote_types(boxes.dtype, torch.float32))
+        return Queries(embeddings, logits[-1], rt_detr.corners(boxes, look.view.size))
 
     def _dense(
         self,

@@ -81,10 +81,14 @@ def detectron2_row(kind: str) -> Row:
 def ultralytics_row(student: str, teacher: str) -> Row:
     from .cases import scenes
     from .cases_ultralytics import NUM_CLASSES, batch, model, step
+    from .test_ultralytics_facts import rt_detr
+
+    def made(name: str) -> nn.Module:
+        return rt_detr(nc=NUM_CLASSES) if name == "rt-detr" else model(name)
 
     return Row(
         "ultralytics",
-        lambda: (model(student), model(teacher)),
+        lambda: (made(student), made(teacher)),
         lambda: (batch(scenes(), side=96),),
         step,
         NUM_CLASSES,
@@ -136,7 +140,13 @@ ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
         "ultralytics",
         lambda: ultralytics_row("yolov8n.yaml", "yolo11n.yaml"),
     ),
+    "Ultralytics YOLO26": (
+        "ultralytics",
+        lambda: ultralytics_row("yolo26n.yaml", "yolo26n.yaml"),
+    ),
+    "Ultralytics RT-DETR": ("ultralytics", lambda: ultralytics_row("rt-detr", "rt-detr")),
     "transformers RT-DETR": ("transformers", lambda: transformers_row("rt_detr")),
+    "transformers D-FINE": ("transformers", lambda: transformers_row("d_fine")),
     "transformers DETR": ("transformers", lambda: transformers_row("detr")),
     "a detector of one's own": ("torch", own_row),
 }

@@ -69,7 +69,9 @@ for make in (lw_detr, rf_detr):
     if hasattr(transformers, f"{make.__name__.title().replace('_', '')}Config"):
         LW.append(make.__name__)
         MAKERS[make.__name__] = make
-DENSE = [*RT, *LW]
+TWO_STAGES = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 12}
+MAKERS["two_stage"] = lambda **o: MAKERS["deformable_detr"](**TWO_STAGES, **o)
+DENSE = [*RT, *LW, "two_stage"]
 ALL = frozenset({"dense", "boxes", "priors", "positives"})
 
 
@@ -147,7 +149,7 @@ def test_the_dense_head_is_the_encoders_own(name, levels):
 @pytest.mark.parametrize(
     "name, options",
     [(name, levelled(name, levels)) for name in RT for levels in (3, 4, 5)]
-    + [(name, {}) for name in LW],
+    + [(name, {}) for name in (*LW, "two_stage")],
 )
 def test_a_student_is_read_from_its_own_training_forward(name, options):
     student = network(name, **options)
@@ -163,13 +165,14 @@ def test_a_student_is_read_from_its_own_training_forward(name, options):
         torch.testing.assert_close(getattr(tapped, part), getattr(again, part))
     torch.testing.assert_close(tapped.boxes, again.boxes, rtol=1e-5, atol=1e-3)  # pixels
     encoder = student.model.encoder if name in RT else student.model.backbone
+    encoder = student.model.input_proj if name == "two_stage" else encoder  # its backbone is frozen
     weights = [p for p in encoder.parameters() if p.dim() == 4]
     for part in (tapped.logits, tapped.boxes):
         (gradient,) = torch.autograd.grad(part.square().sum(), weights[0], retain_graph=True)
         assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*RT, *LW])
 def test_a_copy_gives_the_soft_labels_of_its_student(name):
     student = network(name)
     teacher = TransformersDetector(copy.deepcopy(student).eval())
@@ -271,6 +274,33 @@ def test_the_cells_from_which_lw_detr_chooses(name, padded):
         assert torch.equal(dense.valid[i], (centre < torch.tensor(size).flip(0)).all(dim=1))
     assert dense.boxes.isfinite().all()
     assert dense.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_cells_from_which_a_two_stage_deformable_detr_chooses(padded):
+    """The one column that it ranks them by, and boxes of all cells but those without an anchor."""
+    teacher = network("two_stage").eval()
+    reader, x = TransformersDetector(teacher), torch.randn(2, 3, 64, 832)
+    view = View(x, torch.tensor([[64, 832], [32, 416]]) if padded else None)
+    with torch.no_grad():
+        output = teacher(x, **({"pixel_mask": view.inside()} if padded else {}))
+        dense = reader.dense(reader.look(view), ALL)
+    assert [(g.stride, g.height, g.width) for g in dense.grids] == [
+        (s, 64 // s, 832 // s) for s in (8, 16, 32, 64)
+    ]
+    known = output.enc_outputs_coord_logits.isfinite().all(dim=2)
+    assert torch.equal(dense.valid, known)
+    assert known.any() and not known.all()
+    torch.testing.assert_close(dense.logits, output.enc_outputs_class[..., :1])
+    assert dense.logits.std() > 0.1
+    for i, size in enumerate([(64, 832), (32, 416) if padded else (64, 832)]):
+        theirs = corners(output.enc_outputs_coord_logits[i].sigmoid(), *size)[known[i]]
+        torch.testing.assert_close(dense.boxes[i, known[i]], theirs, rtol=1e-5, atol=1e-3)
+    assert dense.boxes.isfinite().all()
+    # No class is told apart there, and with one stage nothing is said at all.
+    assert reader.num_logits is None and reader.kind is None
+    assert reader.gives == {"images", "queries", "dense", "boxes", "priors", "teacher_head"}
+    assert TransformersDetector(network("deformable_detr")).gives == {"images", "queries"}
 
 
 @pytest.mark.parametrize("name", DENSE)

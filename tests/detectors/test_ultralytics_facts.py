@@ -25,7 +25,7 @@ from global_kd.detectors import View
 from global_kd.detectors.pixels import translate
 from global_kd.detectors.protocol import Sampled
 from global_kd.detectors.ultralytics import UltralyticsDetector
-from global_kd.hooks import FeatureTap
+from global_kd.hooks import FeatureTap, evaluating
 
 from ..small_loss import small_loss
 from .cases import scenes
@@ -344,6 +344,36 @@ def test_rt_detr_says_something_of_every_cell():
     assert known.float().mean() > 0.5
     torch.testing.assert_close(dense.boxes[rows, best][known], theirs[known], rtol=1e-5, atol=1e-3)
     assert dense.boxes.std(dim=1).min() > 1
+
+
+def test_the_queries_of_rt_detr_are_those_of_its_forward():
+    teacher = rt_detr(nc=NUM_CLASSES)
+    teacher.model[-1].num_queries = 20
+    reader, view = UltralyticsDetector(teacher), View(torch.rand(2, 3, 64, 96))
+    layer, last = teacher.model[-1].decoder.layers[-1], []
+    with torch.no_grad():
+        with evaluating(teacher):
+            look = reader.look(view)
+        queries = reader.queries(look)  # in eval mode, whatever the model is in
+        assert teacher.training and teacher.model[-1].training
+        assert not layer._forward_hooks
+        layer.register_forward_hook(lambda m, args, out: last.append(out))
+        _, (boxes, logits, *_) = teacher.eval()(view.images)
+    assert "queries" in reader.gives
+    assert torch.equal(queries.logits, logits[-1])
+    assert torch.equal(queries.embeddings, last[0])
+    assert queries.embeddings.shape == (2, 20, look.maps[0].shape[1])
+    centre, half = boxes[-1, ..., :2], boxes[-1, ..., 2:] / 2
+    theirs = torch.cat([centre - half, centre + half], dim=2) * torch.tensor([96.0, 64, 96, 64])
+    torch.testing.assert_close(queries.boxes, theirs)
+    assert queries.activation == "sigmoid" and queries.bins is None
+
+
+def test_a_yolo_has_no_queries():
+    reader = UltralyticsDetector(network("yolov8n.yaml").eval())
+    assert "queries" not in reader.gives
+    with pytest.raises(NotImplementedError, match="DetectionModel gives no queries"):
+        reader.queries(reader.look(reader.example()))
 
 
 def test_an_rt_detr_is_read_from_its_training_forward_and_its_copy_agrees():
