@@ -424,6 +424,8 @@ def test_paths_in_a_known_framework():
     wrapper.model = student
     with pytest.raises(ValueError, match=r"^student: .* Module, which holds one; pass it, student"):
         Distiller(wrapper, make(**options), PKD())
+    with pytest.raises(ValueError, match=r"^student_layout: .* 'BCHW' for FasterRCNN, .*student_p"):
+        Distiller(make(**options), student, PKD(), student_layout="BHWC")
     kd = Distiller(make(**options), AveragedModel(student), PKD())  # read as its framework's
     assert kd.losses["pkd"].strides
 

@@ -37,7 +37,13 @@ def reader(
             f"{role}_pixels=Pixels(mean=..., std=...)"
         )
     _check_path(role, model, path)
+    _check.one_of(f"{role}_layout", layout, ("BCHW", "BHWC"))
     known = detector_of(model) if path is None and dense is None else None
+    if known is not None and layout != "BCHW":
+        raise ValueError(
+            f"{role}_layout: expected 'BCHW' for {type(model).__name__}, whose framework is known, "
+            f"but got {layout!r}; name the module whose maps it is about with {role}_path"
+        )
     if known is None:
         inputs = _example_inputs(role, model, path, example_inputs)
         argument = f"{role}_path"

@@ -37,6 +37,12 @@ def examine(
     models, (student, _) = pair.models, pair.models
     facts: list[str] = []
     problems: list[str] = []
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        held = getattr(optimizer, "optimizer", None)  # what a scheduler steps
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, but got {type(optimizer).__name__}; "
+            + ("pass its .optimizer" if held is not None else "pass the one that will train")
+        )
 
     with trial(setup, images, targets, detection_loss) as step:
         seen, looked, values, detection = step.seen, step.looked, step.terms, step.detection

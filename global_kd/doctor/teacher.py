@@ -13,7 +13,7 @@ from ..detectors import Detections, Look
 from ..hooks import set_mode
 from ..pair import Pair
 from .boxes import SCORE
-from .trial import DetectionLoss, Trial
+from .trial import DetectionLoss, Trial, one_number
 from .untouched import train_all_but_statistics
 
 FindObjects = Callable[[nn.Module], Sequence[Detections | Mapping[str, Tensor]]]
@@ -67,6 +67,12 @@ def teacher_findings(
                 found = pair.teacher.detections(looked.view)
             else:
                 found, scale = [_as_detections(x) for x in detections(teacher)], 1.0
+                if len(found) != len(looked.maps[0]):
+                    raise ValueError(
+                        "detections: expected a function of the teacher that returns one "
+                        f"dictionary for each of the {len(looked.maps[0])} images, but got "
+                        f"{len(found)}"
+                    )
         except (ValueError, TypeError):
             if detections is not None:
                 raise
@@ -97,7 +103,7 @@ def _loss(pair: Pair, step: Trial, detection_loss: DetectionLoss | None) -> floa
         return None
     train_all_but_statistics(teacher)
     if detection_loss is not None:
-        value: Tensor | None = detection_loss(teacher)
+        value: Tensor | None = one_number(detection_loss, teacher)
     else:
         truth = replace(step.seen.truth, boxes=step.seen.truth.boxes * pair.scale)
         value = pair.teacher.losses_of(step.looked.view, truth)

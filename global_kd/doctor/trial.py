@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _check
 from ..detectors import Detector, Look, Seen
 from ..hooks import FeatureTap, quiet, set_mode
 from ..losses.base import DistillLoss
@@ -115,9 +116,31 @@ def own_loss(
     detection_loss: DetectionLoss | None,
 ) -> Tensor | None:
     """A detector's own training loss on a batch; ``None``: unknown."""
-    if detection_loss is not None:
-        return detection_loss(model)
-    return detector.losses(images, targets)
+    if detection_loss is None:
+        return detector.losses(images, targets)
+    return one_number(detection_loss, model)
+
+
+def one_number(detection_loss: DetectionLoss, model: nn.Module) -> Tensor:
+    """What the user's function says of a model.
+
+    Raises:
+        TypeError, ValueError: No function, or one that gives something else than a scalar.
+    """
+    expected = "detection_loss: expected a function model -> scalar tensor"
+    if not callable(detection_loss):
+        raise TypeError(
+            f"{expected}, but got {type(detection_loss).__name__}; write lambda model: ..., which "
+            "runs the forward of the model that it is given"
+        )
+    value: Any = detection_loss(model)
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"{expected}, but it gave a dictionary; write lambda model: sum(model(...).values())"
+        )
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise TypeError(f"{expected}, but it gave {_check.shape_of(value)}; sum its parts up")
+    return value.reshape(())
 
 
 def _copies(

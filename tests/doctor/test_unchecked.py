@@ -116,6 +116,33 @@ def test_a_teacher_that_finds_nothing_is_told_and_wrong_forms_are_refused():
     says(look(kd, detections=lambda model: none * 2), "detects nothing")
     with pytest.raises(ValueError, match="detections: expected a function of the teacher that"):
         look(kd, detections=lambda model: [BOXES, BOXES])
+    with pytest.raises(ValueError, match="for each of the 2 images, but got 1"):
+        look(kd, detections=lambda model: none)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"detection_loss": torch.ones(())}, "detection_loss: .*, but got Tensor; write lambda"),
+        ({"detection_loss": lambda m: {"a": own_loss(m)}}, r"gave a dictionary; .*\.values\(\)"),
+        ({"detection_loss": lambda m: m(IMAGES)}, "gave list; sum its parts up"),
+        ({"detection_loss": lambda m: float(own_loss(m))}, "gave float"),
+        ({"detection_loss": lambda m: m(IMAGES)[0]}, r"gave \(2, 7, 8, 12\)"),
+        ({"optimizer": [torch.optim.SGD(Detector(4).parameters())]}, "optimizer: .* but got list"),
+        (
+            {
+                "optimizer": torch.optim.lr_scheduler.StepLR(
+                    torch.optim.SGD(Detector(4).parameters()), 1
+                )
+            },
+            "but got StepLR; pass its .optimizer",
+        ),
+    ],
+)
+def test_what_is_no_loss_and_no_optimizer_is_told(options, message):
+    _, _, kd = home_made()
+    with pytest.raises(TypeError, match=message):
+        look(kd, **options)
 
 
 @pytest.mark.parametrize("kind", ["home-made", "retinanet", "bytes"])
