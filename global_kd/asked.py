@@ -53,7 +53,14 @@ class Asked:
                 f"but got {pair.teacher.num_logits}; soft labels need the same classes, or switch "
                 "them off with logits=0"
             )
-        return loss.needs | (loss.wishes - refused.keys())
+        found = loss.needs | (loss.wishes - refused.keys())
+        if found & {"positives", "dense"} and (order := pair.other_order):
+            raise ValueError(
+                f"teacher: expected the student's classes in its order, but {order}: class logits "
+                "would be compared crosswise; train both with one list of classes, or leave out "
+                f"what {type(loss).__name__} compares (soft labels: logits=0)"
+            )
+        return found
 
     def __getitem__(self, name: str) -> frozenset[str]:
         """By one loss."""

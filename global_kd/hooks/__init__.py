@@ -11,6 +11,7 @@ from .maps import infer_strides as infer_strides
 from .maps import level_shapes as level_shapes
 from .maps import tensors_in as tensors_in
 from .maps import tokens_to_maps as tokens_to_maps
+from .modules import class_names as class_names
 from .modules import evaluating as evaluating
 from .modules import exported_in_train_mode as exported_in_train_mode
 from .modules import frozen as frozen

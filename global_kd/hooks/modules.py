@@ -1,7 +1,7 @@
 """Modules of a model: without wrappers, by their path, in eval mode."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,21 @@ def input_channels(model: nn.Module) -> int:
         if hasattr(module, "kernel_size") and isinstance(number, int) and number > 0:
             return number // cells
     return 3
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """What a detector calls its classes, in their order; ``None``: it does not say.
+
+    Of transformers' configuration or an Ultralytics model.
+    """
+    inner = unwrap(model)
+    told = getattr(getattr(inner, "config", None), "id2label", None)
+    told = getattr(inner, "names", None) if told is None else told
+    if isinstance(told, Mapping) and all(isinstance(i, int) for i in told):
+        told = [told[i] for i in sorted(told)]
+    if not isinstance(told, (list, tuple)) or not told:
+        return None
+    return tuple(str(name) for name in told)
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

@@ -16,6 +16,7 @@ from ..detectors.given import refuse_other, refuse_strangers
 from ..detectors.pixels import in_colours, telling_channels
 from ..hooks import (
     FeatureTap,
+    class_names,
     evaluating,
     infer_strides,
     keeping_statistics,
@@ -143,6 +144,21 @@ class Pair:
         counts = student.num_logits, teacher.num_logits
         same_kind = student.kind is not None and student.kind == teacher.kind and self.scale == 1
         return same_kind and None not in counts and counts[0] != counts[1]
+
+    @property
+    def other_order(self) -> str | None:
+        """Where both call their classes the same, but count them otherwise: the first of those."""
+        mine, theirs = (class_names(model) for model in self.models)
+        if (
+            mine is None
+            or theirs is None
+            or sorted(map(str.casefold, mine)) != sorted(map(str.casefold, theirs))
+        ):
+            return None
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a.casefold() != b.casefold():
+                return f"class {i} is {a!r} in the student and {b!r} in the teacher"
+        return None
 
     # A step ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import nn
 from global_kd import Distiller, GlobalKnowledgeLoss
 from global_kd.detectors import IMAGENET, Pixels, View
 from global_kd.hooks import evaluating
+from global_kd.losses import GID, SoftLabels
 from tests.small_loss import small_loss
 
 from ..test_docs import blocks_of
@@ -537,3 +538,16 @@ def test_fewer_labels_than_images_are_refused_in_a_pass():
     batch = batch_of("rt_detr")
     with pytest.raises(ValueError, match="labels: expected 3 entries"):
         kd.refresh([{**batch, "labels": batch["labels"][:2]}], progress=False)
+
+
+def test_classes_in_another_order_are_not_compared():
+    """Equal in number and in name: soft labels would teach a dog what the teacher says of a cat."""
+    student = detector("rt_detr", id2label={0: "cat", 1: "dog", 2: "cow"})
+    teacher = detector("rt_detr", id2label={0: "dog", 1: "Cat", 2: "cow"})
+    message = "^teacher: .* class 0 is 'cat' in the student and 'dog' in the teacher: .*logits=0"
+    for loss in (gk(), SoftLabels(), GID()):
+        with pytest.raises(ValueError, match=message):
+            Distiller(student, teacher, loss)
+    assert Distiller(student, teacher, gk(logits=0)).losses
+    for other in ({0: "CAT", 1: "dog", 2: "cow"}, {0: "a", 1: "b", 2: "c"}):
+        assert Distiller(student, detector("rt_detr", id2label=other), gk()).losses

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from global_kd import FeatureTap
-from global_kd.hooks import evaluating, feature_maps, find_pyramids, input_channels, quiet
+from global_kd.hooks import (
+    class_names,
+    evaluating,
+    feature_maps,
+    find_pyramids,
+    input_channels,
+    quiet,
+)
 from global_kd.hooks.record import snapshot
 
 X = torch.randn(2, 3, 8, 8)
@@ -555,3 +562,12 @@ def test_configurations_tell_it_first():
     pixels = nn.Sequential(nn.Conv2d(16, 8, 3))
     pixels.register_buffer("pixel_mean", torch.zeros(4, 1, 1))
     assert input_channels(pixels) == 4
+
+
+def test_what_a_model_calls_its_classes():
+    model = nn.Linear(2, 2)
+    assert class_names(model) is None
+    model.names = {1: "dog", 0: "cat"}
+    assert class_names(nn.DataParallel(model)) == ("cat", "dog")
+    model.config = SimpleNamespace(id2label={0: "car"})
+    assert class_names(model) == ("car",)
