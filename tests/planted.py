@@ -106,14 +106,14 @@ PLANTS = [
         "doctor/untouched.py",
         "(nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)",
         "nn.modules.batchnorm._BatchNorm",
-        "tests/doctor",
+        "tests/doctor/test_unchecked.py",
     ),
     Plant(
         "the doctor asks the teacher for its loss on boxes of the student's scale",
         "doctor/teacher.py",
         "step.seen.truth.boxes * pair.scale",
         "step.seen.truth.boxes",
-        "tests/doctor",
+        "tests/doctor/test_unchecked.py",
     ),
     Plant(
         "an epoch begins one call late",

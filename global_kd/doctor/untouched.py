@@ -10,6 +10,8 @@ from torch import nn
 
 from ..hooks import set_mode
 
+_BY_CHANCE = ("DropPath", "DropBlock2d", "StochasticDepth")  # of torchvision, timm, transformers
+
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
@@ -42,6 +44,8 @@ def train_all_but_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.eval()
+        elif type(module).__name__.endswith(_BY_CHANCE):
+            module.training = False
 
 
 def wait_for_no_rank(model: nn.Module) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Targets
+from global_kd.detectors import View
+from global_kd.detectors.torchvision_forward import own_losses
 from global_kd.doctor.batch import pixel_problems
 from tests.small_loss import small_loss
 
@@ -260,3 +263,39 @@ def test_the_teacher_is_looked_at_as_in_training(kind):
     assert kind == "faster_rcnn" or float(fact.split()[-1]) == pytest.approx(
         float(sum(same(rgb, targets).values())), rel=5e-3
     )
+
+
+class MyDropPath(nn.Module):
+    """As transformers' and timm's: of no class that torch knows."""
+
+    def forward(self, x):
+        return x * 100 if self.training else x
+
+
+@pytest.mark.parametrize("noise", ["Dropout2d", "StochasticDepth", "MyDropPath"])
+def test_a_teacher_is_asked_for_its_loss_without_chance(noise):
+    kinds = {"Dropout2d": lambda: nn.Dropout2d(0.9), "MyDropPath": MyDropPath}
+    kinds["StochasticDepth"] = lambda: StochasticDepth(0.9, "batch")
+    torch.manual_seed(0)
+    student, teacher = Detector(4), Detector(9)
+    teacher.body.down = nn.Sequential(teacher.body.down, kinds[noise]())
+    kd = Distiller(student, teacher, small_loss(4), example_inputs=(IMAGES,))
+    report = look(kd, detection_loss=own_loss)
+    (fact,) = [x for x in report.facts if x.startswith("detection loss: student")]
+    with torch.no_grad():
+        expected = own_loss(teacher.eval())
+    assert float(fact.split()[-1]) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_teacher_of_twice_the_scale_is_asked_about_boxes_of_its_own_view():
+    torch.manual_seed(0)
+    student, teacher = detector("retinanet"), detector("retinanet")
+    kd = Distiller(student, teacher, small_loss(4), teacher_scale=2)
+    report = kd.check(*scenes(), verbose=False)
+    (fact,) = [x for x in report.facts if x.startswith("detection loss: student")]
+    images, targets = student.transform(*scenes())
+    view = kd._pair.look(View(images.tensors, images.image_sizes)).view
+    assert view.size == tuple(2 * side for side in images.tensors.shape[-2:])
+    twice = [{**t, "boxes": 2 * t["boxes"]} for t in targets]
+    expected = own_losses(teacher.train(), view, twice)
+    assert float(fact.split()[-1]) == pytest.approx(expected.item(), rel=1e-3)
