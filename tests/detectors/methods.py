@@ -153,6 +153,7 @@ ROWS: dict[str, tuple[str, Callable[[], Row]]] = {
 
 
 SLOW = {name for name in ROWS if name.startswith("Detectron2")}
+SLOW |= {"Ultralytics YOLO26", "Ultralytics RT-DETR", "transformers D-FINE"}
 """Rows that only this command and `pytest -m compatibility` train."""
 
 
