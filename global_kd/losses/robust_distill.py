@@ -389,7 +389,7 @@ class RobustDistillLoss(nn.Module):
                 )
             )
             if self.standardize:
-                both = standardized(both, t.to(both.dtype))
+                both = standardized(both, t)
             sums.append(both)
         foreground, background = torch.stack(sums).mean(dim=0).unbind()
         return foreground, background

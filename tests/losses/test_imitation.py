@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import global_kd.functional as F
 from global_kd.losses.imitation import LARGEST, scale_of, standardized
@@ -368,14 +369,31 @@ def test_compiles_with_boxes_marked_dynamic():
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("shape", [(2, 3, 40, 56), (1, 1, 1, 7), (2, 5, 9, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_scale_of_a_map_is_its_variance(shape, offset, dtype):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=g, dtype=dtype) + offset
+    x = torch.randn(shape, generator=g).to(dtype) + offset
+    assert scale_of(x).dtype == torch.promote_types(dtype, torch.float32)
     expected = x.double().var(correction=0)
     torch.testing.assert_close(scale_of(x).double(), expected, rtol=2e-4, atol=0)
     shuffled = x.to(memory_format=torch.channels_last)
     torch.testing.assert_close(scale_of(shuffled).double(), expected, rtol=2e-4, atol=0)
+
+
+def test_the_scale_of_a_map_in_half_precision_copies_no_map():
+    teacher = torch.randn(2, 8, 24, 40).bfloat16()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() == teacher.numel():
+                made.append(result.dtype)
+            return result
+
+    with Watch():
+        standardized(torch.ones(2), teacher)
+    assert set(made) <= {torch.bfloat16}  # looks at it, none of them wider
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -123.4])
