@@ -165,7 +165,7 @@ class PrototypeGenerator(nn.Module):
             # The outer columns take labels outside [0, K), which nobody checks on an accelerator.
             # Counted on in later steps, which may be outside of inference mode.
             with torch.inference_mode(False):
-                self._offers = torch.zeros(2, self.num_classes + 2, device=sides.device)
+                self._offers = sides.new_zeros(2, self.num_classes + 2)
         self._offers = self._offers.to(sides.device)
         column = targets.labels.clamp(-1, self.num_classes) + 1
         self._offers[0].index_add_(0, column, torch.ones_like(sides))
@@ -177,7 +177,7 @@ class PrototypeGenerator(nn.Module):
         On this rank, float32 ``(K,)`` each, whether they entered the sample or not.
         """
         if self._offers is None:
-            seen, largest = torch.zeros(2, self.num_classes, device="cpu")
+            seen, largest = torch.zeros(2, self.num_classes, dtype=torch.float32, device="cpu")
         else:
             seen, largest = self._offers[:, 1:-1].cpu()
         return seen, largest

@@ -196,13 +196,13 @@ class TestOneProcess:
         options = "--quick --arch retinanet --method frs+pkd --share 0.2".split()
         options += ["--data", str(coco), "--teacher", str(teacher), "--output", str(output)]
         training = run(options)
-        assert "shares of" in capsys.readouterr().out
+        assert "weight after" in capsys.readouterr().out
         losses = training.history[-1]["losses"]
         assert losses.keys() >= {"kd_frs_features", "kd_frs_classes", "kd_pkd"}
         weights = {name: loss.weights for name, loss in training.kd.losses.items()}
         assert weights["pkd"][""] != 10
         resumed = run([*options, "--resume"])
-        assert "shares of" not in capsys.readouterr().out
+        assert "weight after" not in capsys.readouterr().out
         assert {name: loss.weights for name, loss in resumed.kd.losses.items()} == weights
 
     @pytest.mark.slow

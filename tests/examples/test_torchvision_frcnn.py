@@ -154,7 +154,7 @@ def test_all_weights_zero_is_no_distillation(tiny):
 def test_other_methods(tiny, method, terms, capsys):
     options, output = tiny
     run(options, "--method", method, "--no-baseline", "--share", 0.2)
-    assert "shares of" in capsys.readouterr().out
+    assert "weight after" in capsys.readouterr().out
     state = torch.load(output / "state" / f"{method.lower()}.pt", weights_only=True)
     assert state["run"]["losses"][-1].keys() > terms
     metrics = json.loads((output / "metrics.json").read_text())
@@ -190,7 +190,7 @@ def test_a_resumed_run_keeps_the_weights_of_its_share(tiny, monkeypatch, capsys)
     before = torch.load(first, weights_only=True)["kd"]
     capsys.readouterr()
     run(options, "--resume")
-    assert "shares of" not in capsys.readouterr().out
+    assert "weight after" not in capsys.readouterr().out
     after = torch.load(first, weights_only=True)["kd"]
     extra = "losses.pkd._extra_state"
     assert torch.equal(before[extra], after[extra]) and before[extra][1] not in (-1, 6)
