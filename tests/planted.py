@@ -123,6 +123,13 @@ PLANTS = [
         "tests/test_schedules.py",
     ),
     Plant(
+        "levels by their place where a pyramid leaves out a stride",
+        "instances.py",
+        "octave >= math.log2(stride / strides[0])",
+        "octave >= strides.index(stride)",
+        "tests/test_pyramid.py",
+    ),
+    Plant(
         "FGD: a box without weight is background",
         "losses/fgd.py",
         "outside = (member == 0)",

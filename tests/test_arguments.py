@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 
-from global_kd import Distiller, GlobalKnowledgeLoss, RobustDistillLoss
+from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, RobustDistillLoss
 from global_kd.losses import CWD, FGD, PKD, DistillLoss
 
 from .test_distiller import BOXES, IMAGES, Detector, make
@@ -438,6 +438,46 @@ def test_list_taking_students_beside_a_teacher():
     kd = distil(outer.net)
     outer.forward(list(IMAGES))
     assert kd(IMAGES, BOXES)
+
+
+class Boxed:
+    """A nested tensor, as DETR's own code has one."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+
+class TakesBoxed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Detector(4).body
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, samples):
+        return [self.head(x) for x in self.net(samples.tensors).values()]
+
+
+def test_a_student_of_nested_tensors_beside_a_frameworks_teacher():
+    """What the message says leads there: the batch, the module, its path, its pixels."""
+    models = pytest.importorskip("torchvision.models.detection")
+    options = {"weights": None, "weights_backbone": None, "num_classes": 3}
+    teacher = models.fasterrcnn_mobilenet_v3_large_320_fpn(**options)
+    student, boxed = TakesBoxed(), Boxed(torch.rand(2, 3, 128, 128))
+    loss = PKD(levels=[32])
+    options = {"student_pixels": Pixels(), "example_inputs": (boxed,)}
+    with pytest.raises(ValueError, match="a nested tensor makes the batch inside: give the Dist"):
+        Distiller(student, teacher, loss, **options)
+    options["example_inputs"] = (boxed.tensors,)
+    student.net.stem, student.net.down = nn.Conv2d(3, 4, 16, 16), nn.Conv2d(4, 4, 2, 2)
+    with pytest.raises(
+        ValueError, match=r'^student_path: .*Body itself puts out .*student_path=""'
+    ):
+        Distiller(student.net, teacher, loss, **options)
+    kd = Distiller(student.net, teacher, loss, student_path="", **options)
+    student(boxed)
+    terms = kd(boxed.tensors, BOXES)
+    sum(terms.values()).backward()
+    assert student.net.stem.weight.grad.abs().sum() > 0
 
 
 def test_detectors_of_two_inputs():

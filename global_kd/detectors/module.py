@@ -83,9 +83,11 @@ class ModuleDetector(MapsOnly):
             if found and found[0].source == "input" and self._puts_out_maps(path):
                 found = []  # what a named module is fed counts only where it puts out no maps
         elif not found:
+            whole = f"; {type(model).__name__} itself puts out maps: if these are its features, "
             raise ValueError(
                 f"{argument}: no module of {type(model).__name__} puts out a feature "
                 "pyramid by itself; name one"
+                + (whole + f'write {argument}=""' if self._puts_out_maps("") else "")
             )
         self._pyramid = found[0] if found else None
         self.taps: dict[str, str] = {"features": found[0].path if path is None else path}
