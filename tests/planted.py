@@ -130,6 +130,13 @@ PLANTS = [
         "tests/test_pyramid.py",
     ),
     Plant(
+        "calibrate: batches without a term count in its mean",
+        "doctor/calibration.py",
+        "(total[0] / total[1].clamp(min=1))",
+        "(total[0] / total[1].max())",
+        "tests/doctor/test_calibration.py",
+    ),
+    Plant(
         "FGD: a box without weight is background",
         "losses/fgd.py",
         "outside = (member == 0)",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from global_kd import Distiller
+from global_kd.doctor.calibration import weights_for
 from global_kd.losses import PKD
 
 from ..detectors.detectors import detector, scenes
@@ -190,3 +191,12 @@ def test_a_home_made_detector_says_what_it_minimises():
     ):
         with pytest.raises(ValueError, match=message):
             kd.calibrate(**arguments)
+
+
+def test_a_batch_in_which_a_term_has_no_gradient_does_not_halve_it():
+    """As one without boxes: the mean is over the batches that tell something of the term."""
+    loss = PKD(student_channels=[4], teacher_channels=[4], strides=[8], weight=2.0)
+    measured = [(4.0, {"kd_pkd": 3.0}), (4.0, {}), (4.0, {"kd_pkd": 0.0})]
+    found = weights_for({"pkd": loss}, measured, 0.3).shares["kd_pkd"]
+    assert found.measured == pytest.approx(2 * 3 / 4)
+    assert loss.weights[""] == pytest.approx(0.3 * 4 / 3)
