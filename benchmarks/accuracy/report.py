@@ -334,7 +334,7 @@ def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
 def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     """Mean AP of each arm over the training, over the seeds that all arms with curves have.
 
-    Arms without omega are left out. Two points make no curve: then there is none.
+    Arms without omega are left out. Two points make no curve: where a run has no more, nothing is drawn.
     """
     curves = {
         arm.name: {seed: run["curve"] for seed, run in found[arm.name].items() if run.get("curve")}
@@ -343,8 +343,8 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     }
     curves = {name: runs for name, runs in curves.items() if runs}
     seeds = sorted(set.intersection(*map(set, curves.values()))) if curves else []
-    longest = max((len(x) for runs in curves.values() for x in runs.values()), default=0)
-    if not seeds or longest < 3:
+    shortest = min((len(x) for runs in curves.values() for x in runs.values()), default=0)
+    if not seeds or shortest < 3:
         return False
     figure, plot = _figure(7, 4.2)
     for n, (name, runs) in enumerate(curves.items()):
@@ -394,8 +394,9 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
     """What stands between the markers."""
     written = [
         line
-        for table in tables
+        for n, table in enumerate(tables)
         for device, (store, seeds) in sources.items()
+        if has_own(table, tables[:n], store, seeds)
         for line in section(table, store, seeds, device, images)
     ]
     if not written:
@@ -406,6 +407,15 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
         "up to 28² px, larger."
     )
     return "\n".join([legend, "", *written, *machines(sources, tables)]).rstrip("\n")
+
+
+def has_own(table: Table, earlier: Sequence[Table], store: Store, seeds: int) -> bool:
+    """Whether it says something that the tables before it do not: arms of theirs are no news."""
+    known = {arm.trial.identity for other in earlier for arm in other.arms}
+    own = [arm for arm in table.arms if arm.trial.identity not in known]
+    return any(
+        store.result(arm.trial.at(seed)) for arm in own or table.arms for seed in range(seeds)
+    )
 
 
 def nearest(file: Path) -> Iterator[str]:
