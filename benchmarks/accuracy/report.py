@@ -334,7 +334,8 @@ def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
 def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     """Mean AP of each arm over the training, over the seeds that all arms with curves have.
 
-    Arms without omega are left out. Two points make no curve: where a run has no more, nothing is drawn.
+    Arms without omega are left out. Two points make no curve: where a run has no more, nothing is
+    drawn.
     """
     curves = {
         arm.name: {seed: run["curve"] for seed, run in found[arm.name].items() if run.get("curve")}
