@@ -110,6 +110,22 @@ def test_curves_with_fewer_points_are_drawn_at_those_that_all_have():
     assert report._thinned([30, 60, 90], 1) == [90]
 
 
+def test_a_table_that_says_nothing_new_is_left_out(tmp_path):
+    """Arms of the tables before it are no news; one of its own is, and so is a table of old ones."""
+    real = Real("bccd")
+    none, defaults = (
+        Arm("none", real.student(), ()),
+        Arm("defaults", real.taught(real.student(), real.method())),
+    )
+    store = Store(tmp_path, tmp_path)
+    first, second = Table("a", "A", 1, (none,)), Table("b", "B", 1, (none, defaults))
+    (store.results / f"{none.trial.identity}.json").write_text("{}")
+    shown = [report.has_own(first, [], store, 1), report.has_own(second, [first], store, 1)]
+    assert shown == [True, False] and report.has_own(first, [second], store, 1)
+    (store.results / f"{defaults.trial.identity}.json").write_text("{}")
+    assert report.has_own(second, [first], store, 1)
+
+
 def test_two_points_make_no_curve(tmp_path):
     trial = Real("bccd").student()
     arms = (Arm("none", trial, ()), Arm("defaults", trial, ("none",)))

@@ -142,6 +142,7 @@ def test_a_page_shows_the_tables_of_its_question(store, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "section", lambda table, *_: [table.name])
     tables = [SimpleNamespace(name=name) for name in ("q1-cold", "q2-alone", "full-q2-alone")]
     monkeypatch.setattr(report, "machines", lambda *_: [])
+    monkeypatch.setattr(report, "has_own", lambda *_: True)
     page = tmp_path / "evidence.md"
     page.write_text(PAGE.replace("results:", "results q2:"))
     assert report.main({"cpu": (store, 1)}, tables, page) == 0
