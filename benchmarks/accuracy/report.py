@@ -414,9 +414,8 @@ def has_own(table: Table, earlier: Sequence[Table], store: Store, seeds: int) ->
     """Whether it says something that the tables before it do not: arms of theirs are no news."""
     known = {arm.trial.identity for other in earlier for arm in other.arms}
     own = [arm for arm in table.arms if arm.trial.identity not in known]
-    return any(
-        store.result(arm.trial.at(seed)) for arm in own or table.arms for seed in range(seeds)
-    )
+    trials = [arm.trial.at(seed) for arm in own or table.arms for seed in range(seeds)]
+    return any(store.result(trial) is not None for trial in trials)
 
 
 def nearest(file: Path) -> Iterator[str]:

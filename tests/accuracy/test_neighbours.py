@@ -111,7 +111,7 @@ def test_curves_with_fewer_points_are_drawn_at_those_that_all_have():
 
 
 def test_a_table_that_says_nothing_new_is_left_out(tmp_path):
-    """Arms of the tables before it are no news; one of its own is, and so is a table of old ones."""
+    """Arms of the tables before it are no news; with one of its own it is printed whole."""
     real = Real("bccd")
     none, defaults = (
         Arm("none", real.student(), ()),
@@ -119,10 +119,10 @@ def test_a_table_that_says_nothing_new_is_left_out(tmp_path):
     )
     store = Store(tmp_path, tmp_path)
     first, second = Table("a", "A", 1, (none,)), Table("b", "B", 1, (none, defaults))
-    (store.results / f"{none.trial.identity}.json").write_text("{}")
+    (store.results / f"{none.trial.at(0).identity}.json").write_text("{}")
     shown = [report.has_own(first, [], store, 1), report.has_own(second, [first], store, 1)]
     assert shown == [True, False] and report.has_own(first, [second], store, 1)
-    (store.results / f"{defaults.trial.identity}.json").write_text("{}")
+    (store.results / f"{defaults.trial.at(0).identity}.json").write_text("{}")
     assert report.has_own(second, [first], store, 1)
 
 
