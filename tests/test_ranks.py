@@ -26,6 +26,7 @@ OTHERS = ["traffic", "nobody_has_a_row", "one_rank_fails", "ranks_do_not_fit"]
 OTHERS += ["gradients_in_buckets"]
 TRAINING = [
     "training",
+    "training_with_several_losses",
     "training_with_the_loss_wrapped",
     "training_with_gradients_in_buckets",
     "training_with_a_static_graph",

@@ -55,7 +55,8 @@ class DistillationTrainer(DefaultTrainer):
             return None
         steps, classes = cfg.SOLVER.MAX_ITER, num_classes(cfg)
         named = losses_for(self._losses, classes, steps, self._refresh_every)
-        return Distiller(model, self._teacher, named)
+        device = next(model.parameters()).device
+        return Distiller(model, self._teacher.to(device), named)
 
     def build_optimizer(self, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)
