@@ -21,6 +21,7 @@ PROTOTYPES = [
     "prototypes_without_ids",
     "prototypes_of_instances_seen_by_all",
     "prototypes_after_a_checkpoint_of_rank_0",
+    "prototypes_after_a_checkpoint_of_all_ranks",
 ]
 OTHERS = ["traffic", "nobody_has_a_row", "one_rank_fails", "ranks_do_not_fit"]
 OTHERS += ["gradients_in_buckets"]

@@ -299,14 +299,21 @@ class PrototypeGenerator(nn.Module):
         return self._sample.shared(ranks, {"seed": self.seed, "resets": self.turn}, owner)
 
     def gather(self) -> None:
-        """Move the rows of all ranks to rank 0, so that its ``state_dict`` holds them all.
+        """Give every rank the rows of all, so that any rank's ``state_dict`` holds them all.
 
-        Collective; for checkpoints that only rank 0 writes and every rank loads. Afterwards rank 0
-        holds the union of the samples and the others none; the next :meth:`generate` gives the same
-        prototypes as without, also where every rank has loaded the union.
+        Collective; for checkpoints that only rank 0 writes, and for such that all ranks write
+        together (``torch.distributed.checkpoint`` keeps what one of them has under a name).
+        The next :meth:`generate` gives the same prototypes as without.
         """
         ranks = Ranks(self.distributed)
-        self._sample.put(self._shared(ranks, owner=0))
+        rows = self._shared(ranks, owner=0)
+        kinds = None if rows is None else [(x.shape, x.dtype) for x in rows]
+        kinds = ranks.tell(kinds)[0]
+        if kinds is not None:
+            if ranks.rank or rows is None:
+                rows = Rows(*(torch.zeros(size, dtype=kind, device="cpu") for size, kind in kinds))
+            ranks.same(*rows)
+        self._sample.put(rows)
 
     def expect(self, levels: int, student_channels: int, teacher_channels: int) -> None:
         """Give the state one size from the start, that of a full sample.
