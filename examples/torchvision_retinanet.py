@@ -72,7 +72,7 @@ def train(
         optimizer.step()
         schedule.step()
         if (step + 1) % 50 == 0:
-            terms = ", ".join(f"{name} {float(loss):.2f}" for name, loss in losses.items())
+            terms = ", ".join(f"{name} {float(loss.detach()):.2f}" for name, loss in losses.items())
             print(f"step {step + 1} of {steps}: {terms}")
 
 
