@@ -27,9 +27,8 @@ class Asked:
     """
 
     def __init__(self, losses: Mapping[str, DistillLoss], pair: Pair) -> None:
-        self._keeper = next((name for name, x in losses.items() if x.keeps_prototypes), None)
         self._refusals = dict(pair.refusals)
-        if self._keeper is None:
+        if not any(loss.keeps_prototypes for loss in losses.values()):
             self._refusals["omega"] = (
                 "no loss beside it keeps prototypes; add a GlobalKnowledgeLoss"
             )
@@ -69,14 +68,11 @@ class Asked:
     @property
     def by_all(self) -> frozenset[str]:
         """By any loss."""
-        return frozenset[str]().union(*self._facts.values())
+        return self.by(self._facts)
 
     def by(self, names: Iterable[str]) -> frozenset[str]:
-        """By losses of these names, and by whoever weighs for them."""
-        facts = frozenset[str]().union(*(self._facts[name] for name in names))
-        if "omega" in facts and self._keeper is not None:
-            facts |= self._facts[self._keeper]
-        return facts
+        """By losses of these names."""
+        return frozenset[str]().union(*(self._facts[name] for name in names))
 
     def given(self, step: Step, name: str) -> dict[str, Any]:
         """The facts of a step that one loss asked for, but the targets."""

@@ -139,9 +139,9 @@ class Distiller(nn.Module):
             for loss in named.values():
                 loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
             undo.pop_all()
-        asked = any(loss.active and "omega" in self._asked[name] for name, loss in named.items())
+        others = any(loss.active and "omega" in self._asked[name] for name, loss in named.items())
         for loss in named.values():
-            loss.weighs_for_others = asked and loss.keeps_prototypes
+            loss.weighs_for_others = others and loss.keeps_prototypes
         self.losses = nn.ModuleDict(named).to(next(self._models[0].parameters()).device)
         arguments.own(named.values(), self)
         self._passes: Passes | None = None

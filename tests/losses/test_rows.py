@@ -21,7 +21,23 @@ def step(**facts) -> Step:
     return Step(maps(), maps(), (8.0, 16.0), **facts)
 
 
-def test_row_weights_are_those_of_the_cells():
+def test_a_row_weighs_what_its_box_does_on_the_level_of_its_size():
+    """Boxes of up to 224 px belong to stride 8, larger ones to stride 16; no box: 1."""
+    boxes = torch.tensor([[0.0, 0, 30, 30], [0, 0, 400, 400], [5, 5, 60, 40]])
+    targets = Targets(boxes, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
+    omega = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    given = step(targets=targets, omega=omega)
+    rows = torch.tensor([2, -1, 1, 0, 1, -1])
+    weights = built(SoftLabels, robust=True).row_weights(given, rows)
+    assert torch.equal(weights, torch.tensor([0.3, 1.0, 0.5, 0.1, 0.5, 1.0]))
+    assert built(SoftLabels).row_weights(given, rows) is None
+    empty = Targets(boxes[:0], *torch.zeros(2, 0, dtype=torch.int64))
+    nobody = step(targets=empty, omega=omega[:, :0])
+    nothing = built(SoftLabels, robust=True).row_weights(nobody, torch.tensor([-1, -1]))
+    assert torch.equal(nothing, torch.ones(2))
+
+
+def test_location_weights_are_those_of_the_cells():
     """1 outside boxes, the largest of the boxes on a cell inside; levels the maps lack weigh 1."""
     targets, omega = truth(), torch.rand(2, 4, dtype=torch.float64)
     grids = (*GRIDS, Grid(32, 1, 2, 2))
@@ -47,7 +63,7 @@ def test_row_weights_are_those_of_the_cells():
 
 
 @pytest.mark.parametrize("size", [(2, 3), (5, 6)])
-def test_row_weights_where_a_grid_is_cut_or_larger(size):
+def test_location_weights_where_a_grid_is_cut_or_larger(size):
     targets = Targets(torch.tensor([[0.0, 0, 32, 24]]), torch.tensor([0]), torch.tensor([0]))
     dense = head(grids=(Grid(8, *size, 1),), batch=2)
     loss = built(SoftLabels, robust=True)
