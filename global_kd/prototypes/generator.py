@@ -306,12 +306,11 @@ class PrototypeGenerator(nn.Module):
         The next :meth:`generate` gives the same prototypes as without.
         """
         ranks = Ranks(self.distributed)
-        rows = self._shared(ranks, owner=0)
-        kinds = None if rows is None else [(x.shape, x.dtype) for x in rows]
-        kinds = ranks.tell(kinds)[0]
-        if kinds is not None:
-            if ranks.rank or rows is None:
-                rows = Rows(*(torch.zeros(size, dtype=kind, device="cpu") for size, kind in kinds))
+        rows = self._shared(ranks, owner=0)  # of one device on all ranks, and none on the others
+        if rows is not None:
+            count = ranks.tell(len(rows.labels))[0]
+            if ranks.rank:
+                rows = Rows(*(x.new_zeros(count, *x.shape[1:]) for x in rows))
             ranks.same(*rows)
         self._sample.put(rows)
 
