@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.export import Dim
 
 from global_kd import Distiller, GlobalKnowledgeLoss
@@ -155,3 +159,62 @@ def test_what_was_exported_in_train_mode_is_refused():
     program = torch.export.export(body, (IMAGES,)).module()
     with pytest.raises(ValueError, match=r"teacher: expected what was exported.*call eval\(\)"):
         Distiller(Detector(4), program, PKD(), example_inputs=(IMAGES,))
+
+
+class Own(torch.Tensor):
+    """A user's own class, as fastai's images are; every result is of it, too."""
+
+
+def subclassed(teacher, mesh):
+    teacher.body.stem.weight = nn.Parameter(teacher.body.stem.weight.detach().as_subclass(Own))
+    return teacher
+
+
+def replicated(teacher, mesh):
+    def given(module, args, mesh):
+        return tuple(x if isinstance(x, DTensor) else DTensor.from_local(x, mesh) for x in args)
+
+    def put_out(module, output, mesh):
+        return [x.to_local() for x in output]
+
+    return distribute_module(teacher, mesh, input_fn=given, output_fn=put_out)
+
+
+def flat(teacher, mesh):
+    return FullyShardedDataParallel(teacher, device_id=torch.device("cpu"))
+
+
+def only_stored(teacher, mesh):
+    teacher.register_buffer("packed", torch.zeros(4, dtype=torch.uint4))
+    teacher.lazy = nn.LazyLinear(3)
+    teacher.lazy_norm = nn.LazyBatchNorm2d()
+    return teacher
+
+
+@pytest.mark.parametrize("form", [subclassed, replicated, flat, only_stored])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_every_class_teach_the_same(form, tmp_path):
+    """Parameters of a class of the user's own, of DTensors, in FSDP1, or without a shape."""
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        found = []
+        for make in (lambda x, _: x, form):
+            torch.manual_seed(0)
+            student, teacher = Detector(4), Detector(9).eval()
+            teacher = make(teacher, init_device_mesh("cpu", (1,)))
+            loss = GlobalKnowledgeLoss(2, total_steps=9, refresh_every=2, relation=5)
+            path = "_fsdp_wrapped_module." * (make is flat) + "body"
+            options = {"student_path": "body", "teacher_path": path, "example_inputs": (IMAGES,)}
+            kd = Distiller(student, teacher, loss, **options)
+            kd.refresh([(IMAGES, BOXES)], progress=False)
+            for _ in range(2):
+                student(IMAGES)
+                terms = kd(IMAGES, BOXES)
+            assert all(type(x) is torch.Tensor for x in terms.values())
+            kd.check(IMAGES, BOXES, verbose=False)
+            copy.deepcopy(kd)
+            found.append({name: x.item() for name, x in terms.items()})
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+    finally:
+        dist.destroy_process_group()

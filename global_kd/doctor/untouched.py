@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..hooks import set_mode
 
@@ -17,7 +18,7 @@ _BY_CHANCE = ("DropPath", "DropBlock2d", "StochasticDepth")  # of torchvision, t
 def untouched(*models: nn.Module) -> Iterator[None]:
     """Modes, counters, buffers and the random state come back as they were."""
     numbers = [(m, _numbers(m)) for model in models for m in model.modules()]
-    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
+    buffers = [(b, x) for m in models for b in m.buffers() if (x := _copy(b)) is not None]
     with torch.random.fork_rng():
         try:
             yield
@@ -31,6 +32,14 @@ def untouched(*models: nn.Module) -> Iterator[None]:
                     # Through data: autograd would take a write for a change of what a graph that is
                     # under way has kept, but the value is again the one that it kept.
                     buffer.data.copy_(value)
+
+
+def _copy(buffer: Tensor) -> Tensor | None:
+    """``None`` of what holds no numbers that a forward could change."""
+    try:
+        return None if is_lazy(buffer) else buffer.clone()
+    except NotImplementedError:  # of a dtype that can only be stored, such as uint4
+        return None
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from .maps import feature_maps as feature_maps
 from .maps import infer_stride as infer_stride
 from .maps import infer_strides as infer_strides
 from .maps import level_shapes as level_shapes
+from .maps import plain as plain
 from .maps import tensors_in as tensors_in
 from .maps import tokens_to_maps as tokens_to_maps
 from .modules import class_names as class_names

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence, ValuesView
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .record import attributes_of
 
@@ -41,6 +42,19 @@ def tensors_in(value: Any) -> list[Tensor]:
         held = () if callable(value) else attributes_of(value).values()
         inner = [x for x in held if isinstance(x, (Tensor, Mapping, list, tuple))]
     return list({id(x): x for item in inner for x in tensors_in(item)}.values())
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor without the class that a user's tensors or parameters bring along.
+
+    Distributed tensors are gathered; the gradient flows on. Others that are made of tensors stay.
+    """
+    if type(x) is Tensor:
+        return x
+    whole: Any = getattr(x, "full_tensor", None)
+    if callable(whole):
+        return cast(Tensor, whole())
+    return x if is_traceable_wrapper_subclass(x) else x.as_subclass(Tensor)
 
 
 def tokens_to_maps(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

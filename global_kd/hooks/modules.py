@@ -92,6 +92,12 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
 
 
+def runs_whole(model: nn.Module) -> bool:
+    """Whether a forward must run to its end: one that breaks off leaves parameters unsharded."""
+    first = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    return first or bool(sharded_modules(model))
+
+
 def resolve(model: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path; wrapper prefixes (``module.``) are ignored.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .attach import Hook, attach, detach
 from .calls import Call
-from .modules import WRAPPER_ATTRIBUTES, resolve, sharded_modules, unwrap
+from .modules import WRAPPER_ATTRIBUTES, resolve, runs_whole, unwrap
 from .record import Record, record_of
 
 
@@ -281,15 +281,15 @@ class FeatureTap:
 
         Other taps on the model record nothing meanwhile, and a record in the other mode (of a
         training forward, while this runs in eval mode) stays.
-        Models in FSDP2 (``fully_shard``) run to the end: a forward that breaks off would leave
-        their parameters unsharded.
+        Models in FSDP run to the end: a forward that breaks off would leave their parameters
+        unsharded.
         """
         if self._model is None:
             raise ValueError("tap: expected an attached tap, but it was removed")
         recorder = self._recorder
         trained = recorder.trained, recorder.trained_again
         muted, recorder.muted = recorder.muted, 0  # this tap's own look is what is wanted
-        recorder.stopping = not sharded_modules(self._model)
+        recorder.stopping = not runs_whole(self._model)
         mode = self._model.training
         try:
             with quiet(self._model, but=recorder):

@@ -20,6 +20,7 @@ from ..hooks import (
     evaluating,
     infer_strides,
     keeping_statistics,
+    plain,
     quiet,
     set_mode,
     sharded_modules,
@@ -175,8 +176,8 @@ class Pair:
         theirs = [side / self.scale for side in looked.view.size]
         pairs = [
             align_levels(
-                seen.maps[i],
-                looked.maps[j],
+                plain(seen.maps[i]),
+                plain(looked.maps[j]),
                 self.strides[0][i],
                 self.strides[1][j],
                 student_size=seen.view.size,

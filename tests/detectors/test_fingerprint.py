@@ -134,3 +134,25 @@ def test_a_model_without_bytes_counts_by_its_shapes():
     with torch.device("meta"):
         a, b, c = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(3, 3)
     assert fingerprint(a) == fingerprint(b) != fingerprint(c)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_a_shape_or_bytes_count_by_their_names():
+    """A lazy head that the maps do not need, and buffers that can only be stored."""
+
+    def model(x):
+        holder = nn.Module()
+        holder.register_buffer("x", x)
+        return holder
+
+    assert fingerprint(nn.LazyLinear(3)) == fingerprint(nn.LazyLinear(3))
+    assert fingerprint(nn.LazyBatchNorm2d()) != fingerprint(nn.LazyLinear(3))
+    masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+    assert fingerprint(model(masked)) == fingerprint(model(masked))
+    parts = [torch.ones(2), torch.ones(3)]
+    others = [torch.ones(2), torch.zeros(3)]
+    for layout in (torch.strided, torch.jagged):
+        one, same, other = (
+            model(torch.nested.nested_tensor(x, layout=layout)) for x in (parts, parts, others)
+        )
+        assert fingerprint(one) == fingerprint(same) != fingerprint(other)
