@@ -140,6 +140,7 @@ class MeanGradients:
     Harmless beside ``DistributedDataParallel``: it comes after what that does at the end of a
     backward, and the mean of equal gradients is the same gradient.
     With several backwards before a step every one ends with the mean of what was summed so far.
+    What is frozen, on all ranks at once, is left alone until it learns again.
 
     Args:
         parameters: The same on all ranks; rank 0's values are taken over by all.
@@ -152,12 +153,16 @@ class MeanGradients:
         self._queued = False
         # `data`, so that this does not look like a step of the optimizer.
         ranks.same(*(p.data for p in self.parameters))
-        for p in self.parameters:
-            p.register_post_accumulate_grad_hook(self._arrived)
+        self._hooked: set[int] = set()  # by identity: copies of this have none on their parameters
+        self.begin()
 
     def begin(self) -> None:
-        """A new forward: forget a backward that broke off."""
+        """A new forward: forget a backward that broke off, hear of what learns from now on."""
         self._queued = False
+        for p in self.parameters:
+            if p.requires_grad and id(p) not in self._hooked:  # frozen ones take no hook
+                p.register_post_accumulate_grad_hook(self._arrived)
+                self._hooked.add(id(p))
 
     def _arrived(self, _: Tensor) -> None:
         if not self._queued:
@@ -182,10 +187,13 @@ class MeanGradients:
         self._queued = False
         gradients = []
         for p in self.parameters:
+            if not p.requires_grad:
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad)
-        flat = torch.cat([g.float().flatten() for g in gradients])
+        dtypes = [torch.promote_types(g.dtype, torch.float32) for g in gradients]
+        flat = torch.cat([g.to(d).flatten() for g, d in zip(gradients, dtypes, strict=True)])
         self._ranks.add(flat)
         parts = (flat / self._ranks.size).split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):

@@ -195,8 +195,11 @@ def batch(step: int, rank: int):
     return images, Targets(boxes, labels, image, torch.arange(count) + 100 * step + 10_000 * rank)
 
 
-def train(rank: int, size: int, wrap: str, ranks: int, others=()):
-    """`ranks` batches a step; alone, one after another with the mean of their losses."""
+def train(rank: int, size: int, wrap: str, ranks: int, others=(), frozen=()):
+    """`ranks` batches a step; alone, one after another with the mean of their losses.
+
+    In the steps named as frozen no adapter learns.
+    """
     torch.manual_seed(0)
     student, teacher = Detector(4), Detector(8)
     model = student
@@ -228,6 +231,7 @@ def train(rank: int, size: int, wrap: str, ranks: int, others=()):
         module = DistributedDataParallel(kd, bucket_cap_mb=1e-4, **views)
     optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
     for step in range(STEPS):
+        kd.requires_grad_(step not in frozen)
         for part in range(alone):
             images, targets = batch(step, part if size == 1 else rank)
             own = model(images).square().mean()
@@ -254,6 +258,11 @@ def training_with_several_losses(rank, size, ranks=None):
     """Each with parameters of its own; one is weighed by the prototypes of another."""
     others = [CWD(adapter="conv1x1", seed=rank), FGD(robust=True, seed=rank)]
     return train(rank, size, "student", ranks or size, others)
+
+
+def training_with_frozen_adapters(rank, size, ranks=None):
+    """At the start, and once more after they have learned."""
+    return train(rank, size, "student", ranks or size, frozen=(0, 1, 4))
 
 
 def training_with_the_loss_wrapped(rank, size):

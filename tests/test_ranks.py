@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ OTHERS += ["gradients_in_buckets"]
 TRAINING = [
     "training",
     "training_with_several_losses",
+    "training_with_frozen_adapters",
     "training_with_the_loss_wrapped",
     "training_with_gradients_in_buckets",
     "training_with_a_static_graph",
@@ -115,10 +117,9 @@ def test_training_on_several_ranks_equals_one_with_all_batches(results, scenario
     if scenario == "training_sharded" and not FSDP2:
         pytest.skip("needs torch 2.6")
     ranks = results(scenario)
-    several = scenario == "training_with_several_losses"
-    alone = (work.training_with_several_losses if several else work.training)(
-        0, 1, ranks=len(ranks)
-    )
+    own = ("training_with_several_losses", "training_with_frozen_adapters")
+    train = getattr(work, scenario if scenario in own else "training")
+    alone = train(0, 1, ranks=len(ranks))
     assert alone["bank"]["valid"].any()
     for rank in ranks:
         for part in ("adapters", "bank"):
@@ -188,6 +189,27 @@ def test_a_backward_that_broke_off_is_forgotten(monkeypatch):
     before = len(added)
     layer(torch.ones(1, 2)).sum().backward()
     assert len(added) == before + 1
+
+
+def test_gradients_keep_their_precision():
+    layer = torch.nn.Linear(5, 3).double()
+    joined = MeanGradients(layer.parameters(), Ranks(together=False))
+    images = torch.rand(2, 5, dtype=torch.float64)
+    joined.begin()
+    layer(images).square().sum().backward()
+    expected = torch.autograd.grad(layer(images).square().sum(), list(layer.parameters()))
+    assert [p.grad.tolist() for p in layer.parameters()] == [x.tolist() for x in expected]
+
+
+def test_a_copy_averages_the_gradients_of_its_own_parameters(monkeypatch):
+    ranks = Ranks(together=False)
+    layer = torch.nn.Linear(2, 1)
+    joined, twin = copy.deepcopy((MeanGradients(layer.parameters(), ranks), layer))
+    added = []
+    monkeypatch.setattr(joined._ranks, "add", lambda *tensors: added.append(tensors))
+    joined.begin()
+    twin(torch.ones(1, 2)).sum().backward()
+    assert len(added) == 1
 
 
 def test_a_rank_killed_in_a_refresh_ends_the_job(tmp_path):

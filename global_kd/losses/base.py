@@ -328,11 +328,13 @@ class DistillLoss(WeightedTerms):
 
     def _join_ranks(self) -> None:
         """Average the gradients of this loss's parameters over the ranks, if there are several."""
+        if not self.distributed:
+            return
         # Sharded parameters are somebody else's to reduce.
         mine = [p for p in self.parameters() if not hasattr(p, "device_mesh")]
         joined = self._mean_gradients
         if joined is None or list(map(id, joined.parameters)) != list(map(id, mine)):
-            ranks = Ranks(self.distributed)
+            ranks = Ranks()
             if ranks.size == 1:
                 return
             self._agree(ranks)
