@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.accuracy list|run|report`."""
+"""The command line: `python -m benchmarks.accuracy list|run|steps|report`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 from workshop import storage
 
-from . import gradients, neighbours, report
+from . import gradients, neighbours, pace, report
 from .declaration import CLASSES, Table, Trial
 from .experiments import GRIDS
-from .perform import perform
+from .perform import perform, steps
 from .real import REAL
 from .store import RESULTS, Store
 from .work import in_order, summary, work
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (
         ("list", "how many trainings there are, how many are done, what the others cost"),
         ("run", "train what has no result, the most telling first; goes on where it stopped"),
+        ("steps", "how long a step of each arm takes beside one without distillation"),
         ("report", "tables and plots of docs/evidence_*.md"),
         ("gradients", "how large each term's gradient is beside that of the detection losses"),
         ("neighbours", "how often what is nearest in a teacher's space has the right class"),
@@ -56,11 +57,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--quick", action="store_true", help=f"tiny trainings to see that it works, in {QUICK}"
         )
-        if name in ("run", "neighbours"):
+        if name in ("run", "steps", "neighbours"):
             command.add_argument(
                 "--root", type=Path, help="a checkout of the repository that holds the pictures"
             )
-        if name in ("run", "gradients", "neighbours"):
+        if name in ("run", "steps", "gradients", "neighbours"):
             command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
         if name == "neighbours":
             command.add_argument(
@@ -136,6 +137,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.name == "gradients":
         gradients.write(store)
         return 0
+    if args.name == "steps":
+        return write_steps(matching(tables, args.only), store, args.device)
     seeds = args.seeds or SEEDS[args.device]
     if args.name == "list":
         print(summary(tables, seeds, store, args.only))
@@ -159,6 +162,20 @@ def main(words: Sequence[str] | None = None) -> int:
     done = sum(store.result(trial) is not None for _, trial in wanted)
     print(f"{done} of {len(wanted)} trainings have a result; {failed} failed")
     return 1 if failed else 0
+
+
+def write_steps(tables: Sequence[Table], store: Store, device: str) -> int:
+    """Of tables whose teachers are trained; their first arm is the one without distillation."""
+    for table in tables:
+        lacking = [
+            x for arm in table.arms for x in arm.trial.needs if not store.weights(x).is_file()
+        ]
+        if lacking:
+            print(f"{table.name}: left out, a teacher of it has no weights in {store.cache}")
+            continue
+        pace.write([table], [steps(table, store, device)], report.steps_file(store))
+        print(f"{table.name}: written")
+    return 0
 
 
 def matching(tables: Sequence[Table], only: str | None) -> list[Table]:

@@ -18,7 +18,8 @@ from workshop.methods import known_methods
 from workshop.small_detectors import SIZES, Size
 
 from ..digits.disturbances import Disturbance
-from .variants import OtherLoss, Variant
+from .pretrained import Pretrained
+from .variants import OtherLoss, Sparse, Variant
 
 # Where a split's trainings and its validation scenes get their seeds from. Tuning looks at the
 # scenes on which the examples' defaults were chosen; what is reported was seen by no choice.
@@ -109,6 +110,7 @@ class Method(Knowledge):
     space: str = later("pooled")
     pick: str = later("pursuit")
     weights: str = later("omega")
+    every: int = later(1)  # distil in every so many steps only
 
     @property
     def variant(self) -> Variant:
@@ -128,6 +130,10 @@ class Method(Knowledge):
         self, student: nn.Module, teacher: nn.Module, num_classes: int, steps: int, seed: int
     ) -> Distiller:
         """A `Distiller` with these settings for a training of `steps` iterations."""
+        if self.every > 1:
+            options = self.options() | {"total_steps": steps // self.every, "seed": seed}
+            loss: GlobalKnowledgeLoss = GlobalKnowledgeLoss(num_classes, **options)
+            return Sparse(student, teacher, loss, self.every)
         if self.variant == Variant():
             return super().distiller(student, teacher, num_classes, steps, seed)
         loss = OtherLoss(
@@ -203,7 +209,7 @@ class Trial:
     """
 
     data: Data | Pictures = Data()
-    student: Size = SIZES["small-student"]
+    student: Size | Pretrained = SIZES["small-student"]
     method: Method | Others | None = None
     teacher: Trial | None = None
     iterations: int = 1000

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from workshop.detection_data import Batch
 from workshop.training import Trainer
+
+from .declaration import Table
 
 WARM_UP, STEPS = 5, 25  # of the reduced grid one renewal of the prototypes
 
@@ -32,3 +36,13 @@ def _now(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
+
+
+def write(tables: Sequence[Table], measured: Sequence[Sequence[float]], file: Path) -> None:
+    """The steps of each table's arms as multiples of the first arm's, beside those of others."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for table, spent in zip(tables, measured, strict=True):
+        names = [arm.name for arm in table.arms]
+        ratios = [round(x / spent[0], 3) for x in spent]
+        known[table.name] = dict(zip(names, ratios, strict=True))
+    file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

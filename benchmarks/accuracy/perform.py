@@ -23,7 +23,8 @@ from ..digits.disturbances import KINDS, Disturbance, disturb
 from ..digits.suspicion import area_under_roc
 from ..environment import environment
 from . import pace, pictures
-from .declaration import TRAINING_SCENES_SEED, Data, Others, Pictures, Trial, declared
+from .declaration import TRAINING_SCENES_SEED, Data, Others, Pictures, Table, Trial, declared
+from .pretrained import Pretrained
 from .store import Store
 
 EVALUATIONS = 4  # points of the AP curve
@@ -158,6 +159,22 @@ def equal_time(trial: Trial, other: Trial, data: DetectionData, store: Store, de
     return max(1, round(trial.iterations * float(spent[0] / spent[1])))
 
 
+def steps(table: Table, store: Store, device: str = "cpu") -> list[float]:
+    """Seconds that steps of each arm take, by turns in one process, from random weights."""
+    data, _ = load_data(table.arms[0].trial, store)
+    images = (pace.WARM_UP + pace.STEPS) * table.arms[0].trial.batch_size
+    batch_size = table.arms[0].trial.batch_size
+    batches = [*to_device(first_batches(data.train, images, batch_size), device)]
+    trainers = []
+    for arm in table.arms:
+        trial = arm.trial
+        trainer = experiment_of(trial, data, store, device, trial.iterations).prepare(trial.method)
+        if trainer.kd is not None:
+            begin(trial, trainer.kd, data, device)
+        trainers.append(trainer)
+    return pace.seconds(trainers, batches)
+
+
 def load_data(trial: Trial, store: Store) -> tuple[DetectionData, Tensor]:
     """The data of a trial, and bool (R, 4): which training instances are disturbed how.
 
@@ -186,8 +203,11 @@ def first_scenes(scenes: DigitScenes, count: int) -> DigitScenes:
 
 
 def build(trial: Trial) -> nn.Module:
-    """The student of a trial with random weights."""
-    return small_faster_rcnn(trial.student, len(trial.class_names), trial.data.side)
+    """The student of a trial with random weights, or those of ImageNet where it declares them."""
+    classes, side = len(trial.class_names), trial.data.side
+    if isinstance(trial.student, Pretrained):
+        return trial.student.detector(classes, side)
+    return small_faster_rcnn(trial.student, classes, side)
 
 
 def trained(trial: Trial, store: Store) -> nn.Module:

@@ -6,9 +6,11 @@
 2. Every method at equal tuning: three shares of the detection gradient on pictures held out of
    training, one seed; the best share then on the reporting split.
 3. The same methods with global knowledge beside them.
+6. What can be left out: smaller adapters, a smaller teacher, every second step, levels.
+7. When it pays: few pictures, longer trainings, warm starts, a teacher from ImageNet weights.
 
-Trainings are short, since two cores are all there is: one-cycle rates over 300 iterations of 8
-pictures at 160 px, from random weights.
+Trainings are short, since two cores are all there is: one-cycle rates over 300 iterations (playing
+cards: 600) of 8 pictures at 160 px, students from random weights where nothing else is said.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from global_kd import PAPER
-from workshop.small_detectors import SIZES
+from workshop.small_detectors import SIZES, Size
 
 from .declaration import CLASSES, Arm, Method, Others, Pictures, Table, Trial
+from .pretrained import Pretrained
 
 # Of nine of ten boxes and of most of each class the shorter side is longer than `min_side` px;
 # boxes up to twice `finest_scale` px lie on the finest level.
@@ -30,6 +33,11 @@ SIZES_OF: Mapping[str, Mapping[str, float]] = {
     "deeppcb": {"min_side": 5.0, "finest_scale": 16.0},
 }
 ITERATIONS, TEACHING, TUNED_TEACHING = 300, 800, 400
+# Cards are harder: students take longer, and a teacher from random weights is no better than they.
+ITERATIONS_OF = {"cards": 600}
+IMAGENET = Pretrained()
+TEACHER_OF: Mapping[str, Size | Pretrained] = {"cards": IMAGENET}
+IMAGENET_RATE = 1e-3  # highest learning rate of what starts from ImageNet weights
 SHARES, USUAL_SHARE = (0.1, 0.3, 1.0), 0.3
 METHODS = ("pkd", "fgd", "frs", "cwd", "mgd", "crosskd", "bckd")  # LD needs box distributions
 
@@ -43,29 +51,48 @@ class Real:
 
     source: str
 
-    def teacher(self, held_out: bool = False) -> Trial:
+    @property
+    def iterations(self) -> int:
+        """Of a student."""
+        return ITERATIONS_OF.get(self.source, ITERATIONS)
+
+    def teacher(
+        self, held_out: bool = False, size: Size | Pretrained | None = None, **data: Any
+    ) -> Trial:
         """Larger than the students, and trained longer, on the pictures that they see."""
-        return Trial(
-            Pictures(self.source, held_out=held_out),
-            SIZES["small-teacher"],
+        size = size or TEACHER_OF.get(self.source, SIZES["small-teacher"])
+        trial = Trial(
+            Pictures(self.source, held_out=held_out, **data),
+            size,
             iterations=TUNED_TEACHING if held_out else TEACHING,
             batch_size=8,
             split="teaching",
         )
+        if isinstance(size, Pretrained):
+            trial = dataclasses.replace(trial, lr=IMAGENET_RATE)
+        return trial
 
     def student(self, held_out: bool = False, **data: Any) -> Trial:
         """Trained from random weights without distillation."""
         return Trial(
             Pictures(self.source, held_out=held_out, **data),
-            iterations=ITERATIONS,
+            iterations=self.iterations,
             batch_size=8,
             split="tuning" if held_out else "reporting",
         )
 
-    def taught(self, base: Trial, how: Method | Others) -> Trial:
+    def taught(self, base: Trial, how: Method | Others, teacher: Trial | None = None) -> Trial:
         """The same with distillation."""
-        held_out = base.split == "tuning"
-        return dataclasses.replace(base, method=how, teacher=self.teacher(held_out))
+        teacher = teacher or self.teacher(held_out=base.split == "tuning")
+        return dataclasses.replace(base, method=how, teacher=teacher)
+
+    def longer(self, base: Trial) -> Trial:
+        """Half as many iterations again, which are about equal time.
+
+        On digit scenes, with detectors of these sizes, a step with both terms takes 1.6 times as
+        long as one without (`q1-time`).
+        """
+        return dataclasses.replace(base, iterations=3 * base.iterations // 2)
 
     def method(self, **how: Any) -> Method:
         """The library's defaults, but for these settings and the sizes of the data."""
@@ -74,13 +101,9 @@ class Real:
         return Method(**(settings | how))
 
     def question_1(self) -> list[Table]:
-        """What helps, in small tables, the first of them what two cores answer with three seeds.
-
-        Half as many iterations again are about equal time: on digit scenes, with detectors of these
-        sizes, a step with both terms takes 1.6 times as long as one without (`q1-time`).
-        """
+        """What helps, in small tables, the first of them what two cores answer with three seeds."""
         base = self.student()
-        longer = dataclasses.replace(base, iterations=3 * ITERATIONS // 2)
+        longer = self.longer(base)
         alone = {"foreground": 0.0, "background": 0.0, "relation": 0.0, "logits": 0.0}
         core = (Arm("none", base, ()), Arm("defaults", self.taught(base, self.method())))
         tables: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
@@ -189,6 +212,52 @@ class Real:
             Table(f"{self.source}-q3-{key}", titles[1], rank + 1, tuple(joined)),
         ]
 
+    def question_6(self) -> list[Table]:
+        """What can be left out; the table with the steps' times says what that saves."""
+        base, small = self.student(), self.teacher(size=SIZES["small-student"])
+        one_level = Others("pkd", USUAL_SHARE, options=(("levels", (8.0,)),))
+        against = ("none", "defaults")
+        arms = (
+            Arm("none", base, ()),
+            Arm("defaults", self.taught(base, self.method())),
+            Arm("1x1 adapters", self.taught(base, self.method(adapter="conv1x1")), against),
+            Arm("every second step", self.taught(base, self.method(every=2)), against),
+            Arm("teacher of the student's size", self.taught(base, self.method(), small), against),
+            Arm("pkd", self.taught(base, Others("pkd", USUAL_SHARE))),
+            Arm("pkd, stride 8 only", self.taught(base, one_level), ("none", "pkd")),
+        )
+        return [Table(f"{self.source}-q6-less", "What can be left out", 4, arms)]
+
+    def question_7(self) -> list[Table]:
+        """When it pays."""
+        few, late = self.student(share=0.25), self.student()
+        late = dataclasses.replace(late, iterations=4 * late.iterations)
+        warm = dataclasses.replace(
+            self.student(), iterations=self.iterations // 2, lr=1e-3, start=self.student()
+        )
+        tables = []
+        for key, title, rank, base in (
+            ("few", "A quarter of the pictures", 4, few),
+            ("warm", "A trained student goes on for half as many iterations", 5, warm),
+            ("long", "Four times as many iterations", 7, late),
+        ):
+            arms = [Arm("none", base, ()), Arm("defaults", self.taught(base, self.method()))]
+            arms.append(Arm("none, 1.5 times as long", self.longer(base), ("none", "defaults")))
+            if key == "few":
+                other = self.teacher(share=0.25)
+                taught = self.taught(base, self.method(), other)
+                arms.append(Arm("defaults, teacher of the same few", taught, ("none", "defaults")))
+            tables.append(Table(f"{self.source}-q7-{key}", title, rank, tuple(arms)))
+        if self.source not in TEACHER_OF:
+            base, better = self.student(), self.teacher(size=IMAGENET)
+            arms = [Arm("none", base, ()), Arm("defaults", self.taught(base, self.method()))]
+            for name, how in (("defaults", {}), ("the paper's", {**PAPER})):
+                taught = self.taught(base, self.method(**how), better)
+                arms.append(Arm(f"{name}, ImageNet teacher", taught, ("none", "defaults")))
+            title = "A teacher from ImageNet weights"
+            tables.append(Table(f"{self.source}-q7-imagenet", title, 4, tuple(arms)))
+        return tables
+
     def at_share(self, name: str, share: float) -> Others:
         """A method whose terms pull together with a share of the detection gradient."""
         if name == "defaults":
@@ -197,7 +266,8 @@ class Real:
 
     def tables(self) -> list[Table]:
         """All of them, by question."""
-        return [*self.question_1(), *self.question_2()]
+        questions = self.question_1, self.question_2, self.question_6, self.question_7
+        return [table for question in questions for table in question()]
 
 
 REAL = {source: Real(source).tables() for source in CLASSES}

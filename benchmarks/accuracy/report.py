@@ -53,8 +53,25 @@ def percent(runs: Runs, metric: str) -> dict[int, float]:
     return {seed: 100 * run["scores"][metric] for seed, run in runs.items() if "scores" in run}
 
 
-def rows(table: Table, found: Mapping[str, Runs]) -> Iterator[list[str]]:
-    """An arm that is compared with several has a row for each."""
+def steps_file(store: Store) -> Path:
+    """Beside the folder of the results: how long a step of each arm takes (`steps`)."""
+    return store.results.with_name(f"steps_{store.results.name}.json")
+
+
+def steps_of(table: Table, store: Store) -> Mapping[str, float]:
+    """By arm: as multiples of a step without distillation; empty where it was not measured."""
+    file = steps_file(store)
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known.get(table.name, {})
+
+
+def rows(
+    table: Table, found: Mapping[str, Runs], steps: Mapping[str, float]
+) -> Iterator[list[str]]:
+    """An arm that is compared with several has a row for each.
+
+    The last cell is what a step costs: as `steps` has it, or the seconds that the trainings took.
+    """
     for arm in table.arms:
         runs = found[arm.name]
         if not runs:
@@ -65,6 +82,7 @@ def rows(table: Table, found: Mapping[str, Runs]) -> Iterator[list[str]]:
         ap = f"{mean(level.values()):.1f}" if level else ""
         paces = [r["seconds"] / r["iterations"] for r in runs.values() if "seconds" in r]
         pace = f"{mean(paces):.3f}" if paces else ""
+        pace = f"{steps[arm.name]:.2f}" if arm.name in steps else pace
         known = [other for other in arm.against if found[other]]
         for n, other in enumerate(known or ("",)):
             head = [arm.name, seeds, ap] if n == 0 else ["", "", ""]
@@ -206,10 +224,12 @@ def section(table: Table, store: Store, seeds: int, device: str, images: Path) -
     done, total = sum(map(len, found.values())), min(seeds, table.seeds) * len(table.arms)
     yield f"`{table.name}`: {done} of {total} trainings."
     yield ""
-    head = ["arm", "seeds", "AP", "against", *(f"Δ {m}" for m in METRICS), "s/iteration"]
+    steps = steps_of(table, store)
+    cost = "step" if steps else "s/iteration"
+    head = ["arm", "seeds", "AP", "against", *(f"Δ {m}" for m in METRICS), cost]
     yield f"| {' | '.join(head)} |"
     yield f"|{' --- |' * len(head)}"
-    for row in rows(table, found):
+    for row in rows(table, found, steps):
         yield f"| {' | '.join(row)} |"
     yield ""
     yield from averages(table, found)
@@ -405,7 +425,7 @@ def body(sources: Sources, tables: Sequence[Table], images: Path) -> str:
     legend = (
         "AP in percent, mean over seeds; Δ: paired differences over the seeds that both arms have, "
         "with 95 % intervals (t); bold: the interval leaves out 0. s, m, l: boxes up to 16² px, "
-        "up to 28² px, larger."
+        "up to 28² px, larger. *step*: time of a step as a multiple of one without distillation."
     )
     return "\n".join([legend, "", *written, *machines(sources, tables)]).rstrip("\n")
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from global_kd import GlobalKnowledgeLoss, PrototypeBank, PrototypeGenerator, Targets
+from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeBank, PrototypeGenerator, Targets
 from global_kd.functional import pool_boxes
 from global_kd.losses.base import Levels
 from global_kd.losses.robust_distill import RobustDistillLoss
@@ -52,6 +52,23 @@ class Variant:
                 raise ValueError(
                     f"{name}: expected one of {known}, but got {getattr(self, name)!r}"
                 )
+
+
+class Sparse(Distiller):
+    """Distils in every so many steps only: `kd(...)` is no term in the others."""
+
+    steps: Tensor
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, loss: GlobalKnowledgeLoss, every: int
+    ) -> None:
+        super().__init__(student, teacher, loss)
+        self.every = every
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Any, targets: Any = None) -> dict[str, Tensor]:
+        self.steps += 1
+        return super().forward(images, targets) if int(self.steps) % self.every == 0 else {}
 
 
 class OtherLoss(GlobalKnowledgeLoss):

@@ -182,10 +182,12 @@ def test_the_table_by_hand(tmp_path):
             )
     store.write(arms["all"].at(3), {"identity": "x", "failed": "Training diverged"})
     found = report.collect(table, store, 4)
-    rows = {row[0]: row for row in report.rows(table, found) if row[0]}
+    rows = {row[0]: row for row in report.rows(table, found, {}) if row[0]}
     assert rows["all"][:5] == ["all", "3 (1 diverged)", "23.0", "none", "+3.0 ± 6.6"]
     assert rows["none"][:3] == ["none", "3", "20.0"]
     assert rows["all"][-1] == "1.500"
+    measured = {row[0]: row[-1] for row in report.rows(table, found, {"all": 1.3}) if row[0]}
+    assert measured["all"] == "1.30" and measured["none"] == "1.500"
 
 
 def test_average_effects_by_hand(tmp_path):
@@ -242,6 +244,34 @@ def test_a_share_of_the_scenes_is_the_first_ones():
     for i in range(4):
         assert torch.equal(few[i][0], scenes[i][0])
         assert torch.equal(few.target(i)["boxes"], scenes.target(i)["boxes"])
+
+
+def test_steps_are_multiples_of_one_without_distillation(folder, tmp_path, monkeypatch, capsys):
+    """By turns, in seconds of the process; what it measured before stays where it was."""
+    seconds = {"none": 2.0, "imitation": 3.0, "none, time of imitation": 2.0}
+    few = dataclasses.replace(TABLE, arms=tuple(a for a in TABLE.arms if a.name in seconds))
+    monkeypatch.setattr("benchmarks.accuracy.__main__.GRIDS", {"reduced": [few], "full": []})
+    asked = []
+
+    def measure(trainers, batches):
+        asked.extend(trainers)
+        return [seconds[arm.name] for arm in few.arms]
+
+    monkeypatch.setattr(pace, "seconds", measure)
+    file = tmp_path / "steps_cpu.json"
+    file.write_text('{"other": {"none": 1.0}}')
+    words = ["steps", "--results", str(tmp_path), "--cache", str(folder / "cache")]
+    monkeypatch.setattr("benchmarks.accuracy.__main__.shrunk", lambda table: table)
+    assert main([*words, "--quick"]) == 0
+    found = json.loads(file.read_text())
+    assert found == {
+        "other": {"none": 1.0},
+        few.name: {"none": 1.0, "imitation": 1.5, "none, time of imitation": 1.0},
+    }
+    assert [x.kd is None for x in asked] == [arm.trial.method is None for arm in few.arms]
+    assert report.steps_of(few, Store(tmp_path / "cpu", tmp_path)) == found[few.name]
+    assert main([*words, "--quick", "--cache", str(tmp_path)]) == 0
+    assert "a teacher of it has no weights" in capsys.readouterr().out
 
 
 def test_results_are_plain_json(store):

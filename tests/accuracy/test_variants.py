@@ -10,6 +10,7 @@ from benchmarks.accuracy.variants import (
     OtherLoss,
     OtherPrototypes,
     OtherRelation,
+    Sparse,
     Variant,
     coefficients,
     embedding,
@@ -17,7 +18,7 @@ from benchmarks.accuracy.variants import (
     projection_loss,
     softened_loss,
 )
-from global_kd import PrototypeBank, Targets
+from global_kd import GlobalKnowledgeLoss, PrototypeBank, Targets
 from global_kd.losses import Levels
 from workshop.small_detectors import SIZES, small_faster_rcnn
 
@@ -180,3 +181,27 @@ def test_rows_of_the_embedding_are_in_the_order_of_the_boxes():
             wanted = embedding(model, levels, targets, [4, 8, 16])
             assert not torch.equal(wanted[0], wanted[1])
             assert all(torch.equal(level, wanted) for level in found)
+
+
+def test_every_second_step_has_terms_and_a_resumed_run_keeps_the_turn():
+    torch.manual_seed(0)
+    models = [small_faster_rcnn(SIZES[f"small-{x}"], 11).train() for x in ("student", "teacher")]
+    images = [torch.rand(3, 96, 96)]
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 60.0]]), "labels": torch.tensor([3])}]
+
+    def made():
+        return Sparse(*models, GlobalKnowledgeLoss(11, total_steps=9), every=2)
+
+    def step(kd):
+        models[0](images, targets)
+        return bool(kd(images, targets))
+
+    first = made()
+    assert [step(first) for _ in range(5)] == [False, True, False, True, False]
+    state = first.state_dict()
+    first.detach()
+    second = made()
+    second.load_state_dict(state)
+    assert [step(second) for _ in range(3)] == [True, False, True]
+    assert int(second.loss.step) == 4  # schedules count the steps that distil
+    second.detach()
