@@ -288,7 +288,10 @@ class Pair:
         if self.moving:
             parts.insert(0, "moving")
         if isinstance(self.teacher, ModuleDetector):
-            parts.append(f"at {self.teacher.taps['features']}")
+            path = self.teacher.taps["features"]
+            parts.append(
+                f"at {path.replace('_fsdp_wrapped_module.', '').replace('_orig_mod.', '')}"
+            )
         if self.scale != 1:
             parts.append(f"scale {self.scale:g}")
         return ", ".join(parts)

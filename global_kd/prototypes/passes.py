@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..instances import pool_levels
+from ..ranks import Ranks
 from ..targets import Targets
 from .adoption import Adoption
 from .bank import PrototypeBank, refuse_other
 from .generator import PrototypeGenerator
+from .keys import NEVER
 from .teacher_rows import Sights, TeacherRows, network_input, sight_of
 
 
@@ -69,8 +71,42 @@ class Passes:
         generator.reset(None if generator.pass_turn < 0 else generator.pass_turn)
         if kept is not None and not kept.fits(signature, generator):
             kept = None
-        compared, told, device = False, False, self.bank.student.device
+        sights, passed = self._collect(loader, observe, kept, progress)
+        if self._lacks(passed):
+            again = not isinstance(loader, Iterator)
+            warnings.warn(
+                "refresh: the loader lacks instances of the last pass, and others may take their "
+                "place; "
+                + (
+                    "so it is read once more, with the teacher"
+                    if again
+                    else "an iterator cannot be read once more, so there are fewer; pass the "
+                    "DataLoader itself, or the same images each time"
+                ),
+                stacklevel=3,
+            )
+            if again:
+                generator.reset(generator.turn)
+                sights, _ = self._collect(loader, observe, None, progress)
+        self._kept = None if self.moving else TeacherRows(generator, signature, sights)
+        generator.pass_turn = generator.turn
+        if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
+            self.bank.clear()
+            self.bank.teacher_fingerprint = signature
+        self._finish()
+
+    def _collect(
+        self, loader: Iterable[Any], observe: Observe, kept: TeacherRows | None, progress: bool
+    ) -> tuple[Sights, Tensor]:
+        """Rows of all batches into the sample; with the teacher's rows of an earlier pass.
+
+        Returns:
+            The sights, and of each class the smallest key of an instance that was passed over.
+        """
+        generator, device = self.generator, self.bank.student.device
+        compared = told = False
         sights = Sights()
+        passed = torch.full((generator.num_classes,), NEVER, device="cpu")
         number = -1
         for number, batch in enumerate(batches_of(loader, progress=progress)):
             seen = observe(*batch_arguments(batch, device))
@@ -82,6 +118,10 @@ class Passes:
             if rows is not None and compared:
                 mine = pool_levels(seen.student, seen.truth, self.strides)
                 generator.add(mine, rows, seen.truth)
+                keys = torch.where(
+                    rows.isnan().all(dim=2).all(dim=0), generator.keys(seen.truth), NEVER
+                )
+                passed.scatter_reduce_(0, seen.truth.labels.cpu(), keys.cpu(), "amin")
                 continue
             mine, theirs = (pool_levels(maps, seen.truth, self.strides) for maps in seen.both())
             if rows is not None and rows.isfinite().any():
@@ -95,21 +135,29 @@ class Passes:
                     f"refresh: the teacher sees {which} otherwise than in the last pass, so its "
                     "rows of that pass are not used there; a loader without random augmentation "
                     "saves the teacher's work",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             generator.add(mine, theirs, seen.truth)
         if number < 0:
             warnings.warn(
                 "refresh: the loader gave no batch, so there is nothing to make prototypes of; an "
                 "iterator can be read once, a DataLoader as often as you like",
-                stacklevel=3,
+                stacklevel=4,
             )
-        self._kept = None if self.moving else TeacherRows(generator, signature, sights)
-        generator.pass_turn = generator.turn
-        if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers
-            self.bank.clear()
-            self.bank.teacher_fingerprint = signature
-        self._finish()
+        return sights, passed
+
+    def _lacks(self, passed: Tensor) -> bool:
+        """Whether the sample has room for an instance that was passed over.
+
+        The earlier sample had none, since others came before it; of those some are gone.
+        """
+        generator = self.generator
+        ranks = Ranks(generator.distributed)
+        first = torch.tensor(ranks.tell(passed.tolist()), device="cpu").amin(dim=0)
+        _, labels, _, keys = (x.cpu() for x in generator.sample())
+        before = torch.bincount(labels[keys < first[labels]], minlength=len(first))
+        ranks.add(before)
+        return bool(((first < NEVER) & (before < generator.max_instances)).any())
 
     def adopt(
         self,

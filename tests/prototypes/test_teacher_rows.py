@@ -118,6 +118,36 @@ def test_new_instances_are_looked_at_and_those_that_are_gone_are_gone():
     assert same(kd.loss.bank, fresh.loss.bank)
 
 
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [5, 3, 1], [2]], ids=str)
+def test_of_fewer_images_the_sample_is_theirs(numbers):
+    """Instances that the fuller sample had no room for take the places of those that are gone."""
+    loader = [batch(n) for n in range(BATCHES)]
+    some = [loader[n] for n in numbers]
+    (kd, _, _, looks), (fresh, *_) = distiller(), distiller()
+    kd.refresh(loader, progress=False)
+    before = len(looks)
+    if len(numbers) > 1:  # the first batch is always looked at
+        with pytest.warns(UserWarning, match="lacks instances of the last pass.*once more"):
+            kd.refresh(some, progress=False)
+        assert len(looks) == before + 1 + len(some)
+    else:
+        kd.refresh(some, progress=False)
+    fresh.refresh(some, progress=False)
+    assert same(kd.loss.bank, fresh.loss.bank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kd.refresh(some, progress=False)  # the rows of this pass are used again
+    assert same(kd.loss.bank, fresh.loss.bank)
+
+
+def test_an_iterator_of_fewer_images_is_told():
+    loader = [batch(n) for n in range(BATCHES)]
+    kd, *_ = distiller()
+    kd.refresh(loader, progress=False)
+    with pytest.warns(UserWarning, match="an iterator cannot be read once more"):
+        kd.refresh(iter(loader[:3]), progress=False)
+
+
 def test_without_ids_the_teacher_always_looks():
     loader = [batch(n, ids=False) for n in range(BATCHES)]
     kd, _, _, looks = distiller()
