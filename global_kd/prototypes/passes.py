@@ -88,6 +88,12 @@ class Passes:
             if again:
                 generator.reset(generator.turn)
                 sights, _ = self._collect(loader, observe, None, progress)
+        if several := sights.ambiguous():
+            warnings.warn(
+                f"refresh: {several} ids stand for several boxes each, of which one of a class is "
+                "used; give every box of the data a number of its own, such as its annotation id",
+                stacklevel=3,
+            )
         self._kept = None if self.moving else TeacherRows(generator, signature, sights)
         generator.pass_turn = generator.turn
         if self.bank.teacher_fingerprint != signature:  # no mixture of two teachers

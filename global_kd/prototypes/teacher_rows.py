@@ -8,6 +8,7 @@ from ..targets import Targets
 from .generator import PrototypeGenerator
 
 _TOLERANCE = 1e-3  # of rounding: in pixels, and of the largest value
+_NONE = torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 class Sights:
@@ -28,7 +29,7 @@ class Sights:
 
     def of(self, ids: Tensor) -> Tensor:
         """Rows of these instances, as they were seen last; not a number where never."""
-        known = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *self._ids])
+        known = torch.cat([_NONE, *self._ids])
         if not len(known):
             return torch.full((len(ids), 0), torch.nan, device="cpu")
         order = known.argsort(stable=True)
@@ -36,6 +37,23 @@ class Sights:
         at = order[place.clamp(min=0)]
         rows = torch.cat(self._rows)[at]
         return torch.where((known[at] == ids)[:, None], rows, torch.nan)
+
+    def ambiguous(self) -> int:
+        """How many ids came more than once, and with boxes that look unlike."""
+        known, order = torch.cat([_NONE, *self._ids]).sort(stable=True)
+        if len(known) < 2:
+            return 0
+        rows = torch.cat(self._rows)[order]
+        again = (known[1:] == known[:-1]) & ~_alike(rows[1:], rows[:-1], rows)
+        return len(known[1:][again].unique())
+
+
+def _alike(rows: Tensor, before: Tensor, every: Tensor) -> Tensor:
+    """Which sights are those of before, up to rounding of the largest of every one."""
+    scale = every.abs().nan_to_num(0.0, 0.0).amax(dim=0).clamp(min=1e-6)
+    scale[:4] = 1  # boxes, in pixels
+    gap = (rows - before).abs().nan_to_num(0.0, torch.inf)  # a row of NaN is not told
+    return (gap <= _TOLERANCE * scale).all(dim=1)
 
 
 def sight_of(targets: Targets, images: Tensor | None) -> Tensor:
@@ -115,10 +133,7 @@ class TeacherRows:
         before = self._sights
         if sights.shape[1] != before.shape[1]:
             return torch.zeros_like(place, dtype=torch.bool)
-        scale = before.abs().nan_to_num(0.0, 0.0).amax(dim=0).clamp(min=1e-6)
-        scale[:4] = 1  # boxes, in pixels
-        gap = (sights - before[place]).abs().nan_to_num(0.0, torch.inf)  # a row of NaN is not told
-        return (gap <= _TOLERANCE * scale).all(dim=1)
+        return _alike(sights, before[place], before)
 
 
 def network_input(seen: object) -> Tensor | None:

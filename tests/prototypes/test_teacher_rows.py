@@ -148,6 +148,28 @@ def test_an_iterator_of_fewer_images_is_told():
         kd.refresh(iter(loader[:3]), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("ids", "count"),
+    [
+        (lambda n: torch.full((BOXES,), n), BATCHES),  # of images
+        (lambda n: torch.arange(BOXES), BOXES),  # counted anew in each image
+        (lambda n: torch.arange(BOXES) + 100 * n, 0),
+    ],
+    ids=["an image's", "within an image", "a box's"],
+)
+def test_ids_that_several_boxes_have_are_told(ids, count):
+    loader = []
+    for n in range(BATCHES):
+        images, (target,) = batch(n)
+        loader.append((images, [{**target, "ids": ids(n)}]))
+    kd, *_ = distiller()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        kd.refresh(loader + loader[:2], progress=False)  # twice the same is the same box
+    expected = [f"refresh: {count} ids stand for several boxes each"] if count else []
+    assert [str(x.message).split(",")[0] for x in told] == expected
+
+
 def test_without_ids_the_teacher_always_looks():
     loader = [batch(n, ids=False) for n in range(BATCHES)]
     kd, _, _, looks = distiller()
