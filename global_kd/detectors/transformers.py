@@ -316,7 +316,7 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
         )
     one_each(labels, len(view.images), "labels")
     for i, x in enumerate(labels):
-        refuse_other_format(f"labels[{i}]['boxes']", x["boxes"], "CXCYWH")
+        _check_entry(i, x)
     # Written where they are to be: a copy from the processor would make an accelerator wait.
     image_index = torch.cat(
         [
@@ -331,8 +331,32 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
         sizes = torch.stack(
             [torch.full((len(labels),), x, device=device) for x in view.size], dim=1
         )
-    classes = torch.cat([x["class_labels"] for x in labels]).to(device)
+    # Of an image without objects they may be of any dtype.
+    classes = torch.cat([x["class_labels"].to(torch.int64) for x in labels]).to(device)
     return Targets(boxes * sizes.flip(1).repeat(1, 2)[image_index], classes, image_index)
+
+
+def _check_entry(i: int, entry: Mapping[str, Any]) -> None:
+    """One image's labels: each on its own, or classes would move to the boxes of another image."""
+    boxes: Any = entry.get("boxes")
+    classes: Any = entry.get("class_labels")
+    if not isinstance(boxes, Tensor) or not isinstance(classes, Tensor):
+        raise ValueError(
+            f"labels[{i}]: expected tensors 'class_labels' (r,) and 'boxes' (r, 4), centre and "
+            f"size, but got { {k: type(x).__name__ for k, x in entry.items()} }; a processor of "
+            "transformers makes them of COCO's annotations"
+        )
+    refuse_other_format(f"labels[{i}]['boxes']", boxes, "CXCYWH")
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or classes.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"labels[{i}]: expected 'boxes' (r, 4) and 'class_labels' (r,), one for each box, but "
+            f"got {tuple(boxes.shape)} and {tuple(classes.shape)}"
+        )
+    if len(classes) and (classes.is_floating_point() or classes.dtype == torch.bool):
+        raise TypeError(
+            f"labels[{i}]['class_labels']: expected an int64 tensor, but got {classes.dtype}; pass "
+            ".to(torch.int64) if these are whole numbers"
+        )
 
 
 def _corners(boxes: Tensor) -> Tensor:

@@ -540,6 +540,48 @@ def test_fewer_labels_than_images_are_refused_in_a_pass():
         kd.refresh([{**batch, "labels": batch["labels"][:2]}], progress=False)
 
 
+@pytest.mark.parametrize("name", ["rt_detr", "detr"])
+def test_labels_are_those_of_their_own_image(name):
+    """A class more in one image and one less in the next would move to another picture."""
+    kd = Distiller(detector(name), detector(name), gk(logits=0))
+    batch = batch_of(name)
+    entries = [{"boxes": x["boxes"], "class_labels": x["class_labels"]} for x in batch["labels"]]
+    whole = torch.cat([x["class_labels"] for x in entries])
+    counts = [len(x["boxes"]) for x in entries]
+    counts[counts.index(max(counts))] -= 1
+    counts[counts.index(min(counts))] += 1
+    moved = [{**x, "class_labels": c} for x, c in zip(entries, whole.split(counts))]
+    boxes, classes = entries[0]["boxes"], entries[0]["class_labels"]
+    for wrong, message in (
+        (moved, r"labels\[\d\]: expected 'boxes' \(r, 4\) and 'class_labels' \(r,\), one for"),
+        (
+            [{**entries[0], "class_labels": classes[:, None]}, *entries[1:]],
+            r"labels\[0\]: expected",
+        ),
+        ([{**entries[0], "boxes": boxes[0]}, *entries[1:]], r"labels\[0\]: expected 'boxes'"),
+        ([{"boxes": boxes, "labels": classes}, *entries[1:]], r"labels\[0\]: expected tensors"),
+        ([{**entries[0], "boxes": boxes.tolist()}, *entries[1:]], "got {'boxes': 'list', 'class"),
+        ([{**entries[0], "class_labels": classes.float()}, *entries[1:]], "expected an int64"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            kd.refresh([{**batch, "labels": wrong}], progress=False)
+
+
+def test_an_image_without_objects_has_labels_of_any_dtype():
+    kd = Distiller(detector("rt_detr"), detector("rt_detr"), gk(logits=0))
+    batch = batch_of("rt_detr")
+    none = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0)}
+    expected, _ = kd.weigh(
+        {
+            **batch,
+            "labels": [{**none, "class_labels": none["class_labels"].long()}, *batch["labels"][1:]],
+        }
+    )
+    found, _ = kd.weigh({**batch, "labels": [none, *batch["labels"][1:]]})
+    assert found.labels.dtype == torch.int64 and torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.boxes, expected.boxes)
+
+
 def test_classes_in_another_order_are_not_compared():
     """Equal in number and in name: soft labels would teach a dog what the teacher says of a cat."""
     student = detector("rt_detr", id2label={0: "cat", 1: "dog", 2: "cow"})
