@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Targets
+from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Targets
 from global_kd.prototypes.passes import batch_arguments
 from tests.small_loss import small_loss
 
@@ -182,6 +182,56 @@ def test_a_teacher_in_half_precision():
     kd = Distiller(student, teacher, loss, example_inputs=(IMAGES,))
     student(IMAGES)
     assert all(x.dtype == torch.float32 and x.isfinite() for x in kd(IMAGES, BOXES).values())
+
+
+class OfBytes(Detector):
+    """Takes images as they were loaded."""
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return super().forward(images.float() / 255)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("path", [None, "body"])
+def test_a_student_of_bytes_shows_its_teacher_numbers(path, half):
+    """The terms are those of a student of floats, in training and in the doctor."""
+    given = (255 * IMAGES).to(torch.uint8)
+    found = []
+    for kind, images, scale in ((Detector, given.float() / 255, 1), (OfBytes, given, 255)):
+        torch.manual_seed(0)
+        student, teacher = kind(4), Detector(9)
+        teacher = teacher.half() if half else teacher
+        kd = Distiller(
+            student,
+            teacher,
+            GlobalKnowledgeLoss(2, total_steps=10),
+            example_inputs=(images,),
+            teacher_path=path,
+            student_pixels=Pixels(scale=scale),
+            teacher_pixels=Pixels(),
+        )
+        report = kd.check(images, BOXES, verbose=False)
+        student(images)
+        terms = {name: x.item() for name, x in kd(images, BOXES).items()}
+        found.append((terms, {name: x.value for name, x in report.terms.items()}))
+    assert found[0][1] == pytest.approx(found[0][0])  # the terms of the step to come
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert found[1][1] == pytest.approx(found[0][0], rel=1e-3)
+
+
+def test_a_teacher_that_takes_no_bytes_is_told_what_to_say():
+    images = (255 * IMAGES).to(torch.uint8)
+    with pytest.raises(ValueError, match=r"^teacher: .* student's torch.uint8 images.*scale=255"):
+        Distiller(OfBytes(4), Detector(9), small_loss(2), example_inputs=(images,))
+
+
+def test_a_dictionary_is_told_in_the_doctor_as_in_training():
+    student, _, kd = make()
+    for ask in (kd, lambda *x: kd.check(*x, verbose=False)):
+        student(IMAGES)
+        with pytest.raises(TypeError, match=r"images: expected a batch .B, C, H, W.*dictionary"):
+            ask({"image": IMAGES}, BOXES)
 
 
 class Fed(nn.Module):

@@ -207,7 +207,7 @@ class ModuleDetector(MapsOnly):
         return Seen(look, _truth(targets, images, look))
 
     def losses(self, images: Any, targets: Any) -> Tensor | None:
-        self.model(images)
+        self.model(self.see(images).images)
         return None
 
     def detections(self, view: View) -> list[Detections] | None:

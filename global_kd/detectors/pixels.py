@@ -193,10 +193,21 @@ def in_colours(images: Any, model: nn.Module) -> Any:
 
 @contextmanager
 def telling_channels(images: Any, model: nn.Module) -> Iterator[None]:
-    """Context of a teacher's first look at a student's images: what fails may be their channels."""
+    """Context of a teacher's first look at a student's images: what fails may be their form."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if (
+            isinstance(images, Tensor)
+            and isinstance(error, RuntimeError)
+            and not images.is_floating_point()
+        ):
+            raise ValueError(
+                f"teacher: expected a detector that takes the student's {images.dtype} images, but "
+                f"{type(model).__name__} does not ({error}); where they are bytes for the student "
+                "and numbers in [0, 1] for the teacher, pass student_pixels=Pixels(scale=255) and "
+                "teacher_pixels=Pixels(); else let a module convert them, as in self.net(x.float())"
+            ) from error
         takes = input_channels(model)
         if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] in (1, takes):
             raise

@@ -13,7 +13,7 @@ from ..hooks import resolve
 from .frameworks import detector_of
 from .module import ModuleDetector, refuse_other_inputs
 from .own_head import ReadHead
-from .pixels import Pixels, in_colours, telling_channels
+from .pixels import Pixels, in_colours, in_floating_point, telling_channels
 from .protocol import Detector
 
 
@@ -52,6 +52,8 @@ def reader(
             known = ModuleDetector(model, path, inputs, **options)
         else:  # its example is the student's
             inputs = [in_colours(x, model) for x in inputs]
+            if pixels is not None:  # bytes of the student are converted to this format
+                inputs = [in_floating_point(x) if isinstance(x, Tensor) else x for x in inputs]
             with telling_channels(inputs[0], model):
                 known = ModuleDetector(model, path, inputs, **options)
     if pixels is not None:

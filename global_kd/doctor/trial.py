@@ -154,10 +154,11 @@ def _copies(
             loss.generator.distributed = False
     keeper = next((loss for loss in copies.values() if loss.keeps_prototypes), None)
     if keeper is not None and not keeper.bank.valid.any():
-        keeper.generator.min_side = 0.0
+        keeper.generator.min_side, step = 0.0, keeper.step
         keeper.collect()
         run({keeper.name: keeper})
         keeper.refresh()
+        keeper.step = step  # the terms are those of the step to come
     return copies
 
 
