@@ -1,6 +1,7 @@
 """Real pictures: readers of three layouts, sizes, splits, wrong labels; on tiny folders."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from benchmarks.accuracy import pictures
 from benchmarks.accuracy.declaration import CLASSES, Others, Pictures, Trial, declared
 from benchmarks.accuracy.pictures import HELD_OUT, SOURCES, described, load, mislabelled
-from benchmarks.accuracy.real import METHODS, REAL, Real
+from benchmarks.accuracy.real import BEST, METHODS, REAL, Real
+from benchmarks.accuracy.store import RESULTS, Store
 from benchmarks.accuracy.work import everything, in_order
 from workshop.detection_data import first_batches, target_of
 from workshop.digit_scenes import SceneSettings, make_scenes
@@ -168,6 +170,19 @@ def test_no_two_trainings_have_one_identity_and_nothing_is_trained_on_what_it_is
                 assert trial.teacher.data.held_out == trial.data.held_out
             if trial.split == "tuning":
                 assert trial.data.held_out and trial.seed == 0
+
+
+@pytest.mark.parametrize("source", BEST)
+def test_the_best_shares_are_those_that_the_tuning_split_chose(source):
+    store = Store(RESULTS / source / "cpu", Path())
+    table = next(t for t in REAL[source] if t.name == f"{source}-q2-tuning")
+    scores = {}
+    for arm in table.arms:
+        if arm.name != "none":
+            name, share = arm.name.split(", ")
+            result = store.result(arm.trial)
+            scores.setdefault(name, {})[float(share)] = result["scores"]["AP"]
+    assert BEST[source] == {name: max(known, key=known.get) for name, known in scores.items()}
 
 
 def test_a_declaration_of_pictures_and_methods_is_plain():
