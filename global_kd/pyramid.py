@@ -150,6 +150,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors made within are of this dtype unless they are told otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_adapters(
     kind: str, student_channels: Sequence[int], teacher_channels: Sequence[int], seed: int = 0
 ) -> nn.ModuleList:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..prototypes.bank import PrototypeBank
 from ..prototypes.generator import PrototypeGenerator
-from ..pyramid import ADAPTERS, build_adapters, check_pyramids
+from ..pyramid import ADAPTERS, build_adapters, check_pyramids, default_dtype
 from ..ranks import MeanGradients, Ranks
 from ..schedules import Schedule
 from ..step import FACTS, Dense, Step, field_of
@@ -245,8 +245,9 @@ class DistillLoss(WeightedTerms):
         self._resolve_weights(self._family or levels.family or "one-stage")
         self.adapters = nn.ModuleList()
         # On the processor whatever the default device is: a GPU's generator has no seed of ours,
-        # and drawing from it would move the student's own randomness.
-        with torch.device("cpu"):
+        # and drawing from it would move the student's own randomness. Other dtypes draw other
+        # values, and in half precision an optimizer's small steps would be lost.
+        with torch.device("cpu"), default_dtype(torch.float32):
             if self.adapts:
                 channels = mine.student_channels, mine.teacher_channels
                 self.adapters = build_adapters(self.adapter, *channels, self.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -87,10 +87,10 @@ class MGD(DistillLoss):
         mixed = np.random.SeedSequence([abs(self.seed), Ranks().rank, self.step])
         device = step.student[0].device
         generator = torch.Generator(device).manual_seed(int(mixed.generate_state(1)[0]))
-        return [
-            torch.rand((len(x), 1, *x.shape[2:]), generator=generator, device=device) >= self.masked
-            for x in step.student
-        ]
+        sizes = [(len(x), 1, *x.shape[2:]) for x in step.student]
+        # Of one dtype, since each draws other values.
+        options: Any = {"generator": generator, "device": device, "dtype": torch.float32}
+        return [torch.rand(size, **options) >= self.masked for size in sizes]
 
     def _run(self, step: Step) -> dict[str, Tensor]:
         self._masks = self.draw_masks(step)  # outside of what is compiled

@@ -266,7 +266,7 @@ class RobustDistillLoss(nn.Module):
             raise ValueError("student_logits, teacher_logits: expected both or neither")
         terms: dict[str, Tensor] = {}
         levels, boxes = len(self.strides), len(targets)
-        omega = torch.ones(levels, boxes, device=student[0].device)
+        omega = torch.ones(levels, boxes, device=student[0].device, dtype=torch.float32)
         given = None  # weights that do not come of prototypes
         if self.robust_by == "confidence" and self.weighs:
             if confidence is None:

@@ -31,7 +31,7 @@ class Sights:
         """Rows of these instances, as they were seen last; not a number where never."""
         known = torch.cat([_NONE, *self._ids])
         if not len(known):
-            return torch.full((len(ids), 0), torch.nan, device="cpu")
+            return torch.full((len(ids), 0), torch.nan, device="cpu", dtype=torch.float32)
         order = known.argsort(stable=True)
         place = torch.searchsorted(known[order], ids, right=True) - 1
         at = order[place.clamp(min=0)]
@@ -124,7 +124,7 @@ class TeacherRows:
         otherwise = bool((found & ~self._alike(place, sights.cpu())).any())
         if otherwise or (wanted & ~found).any():
             return None, otherwise
-        rows = torch.full((len(ids), *self._rows.shape[1:]), torch.nan, device="cpu")
+        rows = self._rows.new_full((len(ids), *self._rows.shape[1:]), torch.nan)
         rows[found] = self._rows[place[found]]
         return rows.transpose(0, 1).to(targets.boxes.device), False
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from global_kd import Distiller, GlobalKnowledgeLoss, PrototypeBank, PrototypeGenerator, Targets
+from global_kd.losses import MGD
 
 NAMES = ("ant", "bee", "çow")
 
@@ -304,6 +305,34 @@ def test_an_average_with_buffers_around_a_distiller(average):
 
 
 # --- a default device, a default dtype ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_made_under_another_default_dtype_is_the_same(dtype):
+    """Adapters, random masks, and the teacher's rows that are kept from pass to pass."""
+    ends = []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        student, teacher = detector(4), detector(8)
+        batches = [batch(n) for n in range(6)]
+        torch.set_default_dtype(default)
+        try:
+            loss = GlobalKnowledgeLoss(3, num_prototypes=3, min_side=0, total_steps=30, relation=1)
+            paths = {"student_path": "0", "teacher_path": "0", "example_inputs": batches[0][:1]}
+            kd = Distiller(student, teacher, [loss, MGD(total_steps=30)], **paths)
+            optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-3)
+            for images, targets in batches:
+                kd.refresh(batches, progress=False)
+                student(images)
+                optimizer.zero_grad()
+                terms = kd(images, targets)
+                sum(terms.values()).backward()
+                optimizer.step()
+            assert {x.dtype for x in terms.values()} == {torch.float32}
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(kd.state_dict())
+    assert_same(*ends)
 
 
 def test_neither_a_default_device_nor_a_default_dtype_has_a_say():
