@@ -166,6 +166,42 @@ def test_adapters_in_the_optimizer_are_not_complained_about(recwarn):
     assert not [x for x in recwarn if "not updated" in str(x.message)]
 
 
+def of_adam(parameters, **options):
+    return torch.optim.AdamW(parameters, lr=1e-3, **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "every", "told"),
+    [
+        ("fused", 1, None),
+        ("plain", 70, None),
+        ("frozen adapters", 1, None),
+        ("none", 1, "adapters"),
+    ],
+)
+def test_what_moves_or_is_meant_to_stay_is_not_complained_about(case, every, told):
+    """Fused optimizers write past the version counter; 70 backwards may make one step."""
+    student, _, kd = make()
+    kd.loss.total_steps = 100
+    optimizer = of_adam([*student.parameters(), *kd.parameters()], fused=case == "fused")
+    if case == "frozen adapters":
+        kd.requires_grad_(False)
+        report = kd.check(IMAGES, BOXES, optimizer=of_adam(student.parameters()), verbose=False)
+        assert not any("optimizer" in x for x in report.problems)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for call in range(74):
+            student(IMAGES)
+            sum(kd(IMAGES, BOXES).values()).backward()
+            if case == "0":
+                optimizer.zero_grad()
+            elif (call + 1) % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    found = [str(x.message) for x in said if "not updated" in str(x.message)]
+    assert [x.split()[2] for x in found] == ([told] if told else [])
+
+
 def test_soft_labels_alone_need_heads_that_share_them():
     student, teacher = Detector(4), Detector(9)
     loss = GlobalKnowledgeLoss(2, foreground=0, background=0, logits=5)

@@ -209,7 +209,7 @@ def _optimizer_problems(
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     owned = [item for loss in losses.values() for item in loss.named_parameters()]
-    missing = [n for n, p in owned if id(p) not in held]
+    missing = [n for n, p in owned if p.requires_grad and id(p) not in held]
     if missing:
         yield (
             f"{len(missing)} parameters of the adapters are not in the optimizer ({missing[0]}, "

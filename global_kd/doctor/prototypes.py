@@ -36,11 +36,19 @@ def prototype_facts(
 
 
 def schedule_problems(keeper: DistillLoss) -> Iterable[str]:
-    """Whether the first refresh comes before the end."""
+    """Whether the first refresh comes before the end, of the run and of all schedules."""
     every, steps = getattr(keeper, "refresh_every", None), keeper.total_steps
-    if not every or not steps or every < steps or not keeper.uses_prototypes:
+    if not every or not steps or not keeper.uses_prototypes or keeper.bank.valid.any():
         return
-    if not keeper.bank.valid.any():
+    if every < steps:
+        names = keeper.term_names
+        if names and not any(keeper.schedules[n](k / steps) for n in names for k in (every, steps)):
+            yield (
+                f"refresh_every={every} of total_steps={steps}, but by then the schedules of all "
+                "terms have ended, so that no prototype is ever used; pass "
+                "refresh_every=len(loader), or call kd.refresh(loader) before the first epoch"
+            )
+    else:
         yield (
             f"refresh_every={every} is not below total_steps={steps}, so no prototypes come from "
             "the training stream, omega stays 1 and kd_relation 0; pass refresh_every=len(loader), "

@@ -10,7 +10,25 @@ from torch import Tensor, nn
 
 from ..losses.base import DistillLoss
 
-_STEPS_UNTIL_WARNING = 64
+_LOOKS = 64, 1024  # steps after which something should have moved
+
+
+class _State:
+    """Of a parameter; two are equal where nothing has moved it in between."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._version = parameter._version
+        # Fused optimizers write past the counter. Distributed tensors would have to be gathered.
+        plain = type(parameter) is nn.Parameter
+        self._some = parameter.detach().flatten()[:8].clone() if plain else None
+
+    def __eq__(self, other: object) -> bool:
+        """An accelerator waits, but only where the counters have not moved."""
+        if not isinstance(other, _State) or self._version != other._version:
+            return False
+        if self._some is None or other._some is None:
+            return self._some is other._some
+        return torch.equal(self._some, other._some)
 
 
 class Watch:
@@ -28,7 +46,8 @@ class Watch:
         self._student, self._losses, self._paths = student, losses, tuple(paths)
         self.steps = 0  # in training, so far
         self._told = False
-        self._versions: dict[str, dict[str, int]] = {}
+        self._still_told = False
+        self._first: dict[str, dict[str, _State]] = {}
 
     def gradients(self, maps: Sequence[Tensor]) -> None:
         """Of a step in training: terms from which the student learns nothing."""
@@ -55,22 +74,15 @@ class Watch:
     def step(self) -> None:
         """A step in training is over: what the optimizer has moved since the first."""
         self.steps += 1
-        if self.steps not in (1, _STEPS_UNTIL_WARNING):
-            return
-        versions = {
-            "adapters": {
-                f"{name}.{n}": p._version
-                for name, loss in self._losses.items()
-                for n, p in loss.named_parameters()
-            },
-            "student": {
-                n: p._version for n, p in self._student.named_parameters() if p.requires_grad
-            },
-        }
         if self.steps == 1:
-            self._versions = versions
+            self._first = self._learning()
+        if self.steps not in _LOOKS or self._still_told:
             return
-        still = {whose for whose, now in versions.items() if now and now == self._versions[whose]}
+        now = self._learning()
+        still = {whose for whose, them in now.items() if them and them == self._first[whose]}
+        if len(still) == 2 and self.steps == _LOOKS[0] and self._adds_up():
+            return
+        self._still_told = True
         if "adapters" in still:
             also = ", nor was the student" if "student" in still else ""
             self._tell(
@@ -82,6 +94,23 @@ class Watch:
                 f"no parameter of the student changed in {self.steps} steps; give "
                 "student.parameters() to the optimizer beside kd.parameters(), and call its step()"
             )
+
+    def _learning(self) -> dict[str, dict[str, _State]]:
+        """What the optimizer is to move."""
+        adapters = {
+            f"{name}.{n}": p
+            for name, loss in self._losses.items()
+            for n, p in loss.named_parameters()
+        }
+        both = {"adapters": adapters, "student": dict(self._student.named_parameters())}
+        return {
+            whose: {n: _State(p) for n, p in them.items() if p.requires_grad}
+            for whose, them in both.items()
+        }
+
+    def _adds_up(self) -> bool:
+        """Whether the gradients of many calls may be meant for one step of the optimizer."""
+        return any(p.grad is not None for p in self._student.parameters())
 
     def _tell(self, what: str) -> None:
         warnings.warn(f"Distiller: {what}", stacklevel=6)

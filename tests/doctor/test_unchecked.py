@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Targets
+from global_kd import Distiller, GlobalKnowledgeLoss, Pixels, Schedule, Targets
 from global_kd.detectors import View
 from global_kd.detectors.torchvision_forward import own_losses
 from global_kd.doctor.batch import pixel_problems
@@ -193,6 +193,17 @@ def test_a_refresh_that_never_comes(every, told):
     assert any("refresh_every" in x for x in look(kd).problems) == told
     kd.refresh([(IMAGES, TARGETS)], progress=False)
     assert not any("refresh_every" in x for x in look(kd).problems)
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"), [(0.2, True), (0.25, True), (0.3, False), (1.0, False)], ids=str
+)
+def test_a_refresh_after_all_schedules_is_told(stop, told):
+    _, _, kd = home_made(refresh_every=5, schedule=Schedule("linear", stop=stop))
+    assert kd.loss.total_steps == 20
+    assert any("the schedules of all terms have ended" in x for x in look(kd).problems) == told
+    kd.refresh([(IMAGES, TARGETS)], progress=False)
+    assert not any("schedules of all" in x for x in look(kd).problems)
 
 
 def test_the_default_interval_is_no_mistake_in_short_runs(recwarn):
