@@ -90,8 +90,8 @@ PLANTS = [
     Plant(
         "a backward that broke off is not forgotten",
         "ranks.py",
-        '"""A new forward: forget a backward that broke off."""\n        self._queued = False',
-        '"""A new forward: forget a backward that broke off."""',
+        "        self._queued = False\n        for p in self.parameters:",
+        "        for p in self.parameters:",
         "tests/test_ranks.py",
     ),
     Plant(
