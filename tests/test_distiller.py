@@ -193,7 +193,7 @@ def test_what_moves_or_is_meant_to_stay_is_not_complained_about(case, every, tol
         for call in range(74):
             student(IMAGES)
             sum(kd(IMAGES, BOXES).values()).backward()
-            if case == "0":
+            if case == "none":
                 optimizer.zero_grad()
             elif (call + 1) % every == 0:
                 optimizer.step()
