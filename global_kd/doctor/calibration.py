@@ -14,6 +14,8 @@ from ..ranks import Ranks
 from .report import table
 from .trial import DetectionLoss, Setup, gradients, norm, trial
 
+_ROUNDING = 1e-6  # a share below it is no gradient; a weight that makes much of it would destroy
+
 
 @dataclass(frozen=True)
 class Share:
@@ -131,7 +133,8 @@ def weights_for(
             size = by_name[name]
             now = before * size / detection if size and detection else math.nan
             # A step of a training may have had no box at all: then nothing is known, and stays.
-            if wanted is None or not 0 < now < math.inf:
+            # And a student that begins as a copy of its teacher differs by rounding alone.
+            if wanted is None or not _ROUNDING < now < math.inf:
                 shares[name] = Share(before, before, now, now)
                 continue
             factor = wanted / now

@@ -200,3 +200,15 @@ def test_a_batch_in_which_a_term_has_no_gradient_does_not_halve_it():
     found = weights_for({"pkd": loss}, measured, 0.3).shares["kd_pkd"]
     assert found.measured == pytest.approx(2 * 3 / 4)
     assert loss.weights[""] == pytest.approx(0.3 * 4 / 3)
+
+
+@pytest.mark.parametrize("band", [None, 0.1])
+def test_a_gradient_of_rounding_sets_no_weight(band):
+    """Of a student that begins as a copy of its teacher: a weight of millions would destroy it."""
+    loss = PKD(student_channels=[4], teacher_channels=[4], strides=[8], weight=2.0)
+    share = {"kd_pkd": 0.3}
+    found = weights_for({"pkd": loss}, [(4.0, {"kd_pkd": 1e-8})], share, band).shares["kd_pkd"]
+    assert loss.weights[""] == found.after == found.before == 2.0
+    assert found.wanted == found.measured == pytest.approx(2 * 1e-8 / 4)
+    weights_for({"pkd": loss}, [(4.0, {"kd_pkd": 1e-5})], share)  # small, and meant
+    assert loss.weights[""] == pytest.approx(0.3 * 4 / 1e-5)
