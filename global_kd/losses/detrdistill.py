@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,6 +127,19 @@ class DETRDistill(DistillLoss):
 
     def __init__(self, *, weight: float | None = None, **common: Unpack[Common]) -> None:
         super().__init__({"": weight}, **common)
+
+    def check_pair(self, dry: Callable[[frozenset[str]], Step]) -> None:
+        step = dry(frozenset({"queries"}))
+        assert step.queries is not None
+        width, wanted = step.queries.embeddings.shape[2], self._strides_wanted
+        levels = zip(step.teacher, step.strides, strict=True)
+        maps = [t.shape[1] for t, stride in levels if wanted is None or stride in wanted]
+        if any(channels != width for channels in maps):
+            raise ValueError(
+                "losses: DETRDistill expected the teacher's maps as wide as its decoder's queries, "
+                f"{width} channels, but got {maps}; take a teacher whose decoder reads its maps "
+                "as they are, or a loss that needs no queries, such as PKD"
+            )
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         queries, targets, weights = step.queries, step.targets, self.box_weights(step)

@@ -43,14 +43,15 @@ SMALL = {
 def hybrid(name, **options):
     """RT-DETR, RT-DETRv2, D-FINE: the maps are the hybrid encoder's."""
     backbone = transformers.RTDetrResNetConfig(**RESNET, depths=[1] * 4, out_indices=[2, 3, 4])
+    own = {
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": [16, 16, 24],
+        "decoder_in_channels": [32, 32, 32],
+        "num_denoising": 4,
+        "initializer_range": 0.1,  # with the published 0.01 a narrow network dies out
+    }
     config = getattr(transformers, f"{name}Config")(
-        backbone_config=backbone,
-        encoder_hidden_dim=32,
-        encoder_in_channels=[16, 16, 24],
-        decoder_in_channels=[32, 32, 32],
-        num_denoising=4,
-        initializer_range=0.1,  # with the published 0.01 a narrow network dies out
-        **(SMALL | options),
+        backbone_config=backbone, **(SMALL | own | options)
     )
     return getattr(transformers, f"{name}ForObjectDetection")(config)
 

@@ -12,9 +12,11 @@ from torch import nn
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("scipy", reason="transformers' matcher needs scipy")
 
+from global_kd import Distiller  # noqa: E402
 from global_kd.detectors import IMAGENET, View  # noqa: E402
 from global_kd.detectors.transformers import TransformersDetector  # noqa: E402
 from global_kd.hooks import FeatureTap, evaluating  # noqa: E402
+from global_kd.losses import DETRDistill  # noqa: E402
 
 from .cases import Scene  # noqa: E402
 from .test_transformers import HYBRID, MAKERS, NUM_CLASSES, SCENES, batch_of, hybrid  # noqa: E402
@@ -358,6 +360,18 @@ def test_the_boxes_of_queries_leave_the_padding_out_where_it_is_masked(name):
     torch.testing.assert_close(queries.boxes[0], corners(output.pred_boxes[0], 64, 96))
     size = (64, 96) if name == "rt_detr" else (32, 64)
     torch.testing.assert_close(queries.boxes[1], corners(output.pred_boxes[1], *size))
+
+
+@pytest.mark.parametrize("name", RT)
+def test_a_decoder_narrower_than_the_maps_is_refused_when_the_distiller_is_made(name):
+    """As RT-DETR x has: its encoder's maps are projected before the decoder reads them."""
+    wide = network(name, encoder_hidden_dim=48, decoder_in_channels=[48, 48, 48])
+    student = network("rt_detr")
+    message = r"losses: DETRDistill .* queries, 32 channels, but got \[48, 48, 48\]; .*PKD"
+    with pytest.raises(ValueError, match=message):
+        Distiller(student, wide, DETRDistill())
+    assert not any(module._forward_hooks for module in student.modules())
+    assert Distiller(student, network(name), DETRDistill()).losses
 
 
 @pytest.mark.parametrize("name", ["detr", "yolos"])
