@@ -35,6 +35,14 @@ class Hook:
         if self.call is not None:
             self.call(*args)
 
+    @property
+    def __name__(self) -> str:
+        """Asked for by ``torch.jit.script`` alone, which would compile every hook of a model."""
+        raise AttributeError(
+            "model: torch.jit.script expected one without hooks of global_kd; script a copy, "
+            "copy.deepcopy(model), which carries none, or take them off with kd.detach()"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         return Hook()
 

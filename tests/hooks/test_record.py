@@ -500,6 +500,16 @@ def test_copies_hold_no_hook_at_all(way):
     assert torch.equal(torch.jit.script(twin)(X), model(X))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripting_a_model_with_hooks_says_what_to_script_instead():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with FeatureTap(model, "0"):
+        with pytest.raises(AttributeError, match=r"jit.script .* copy.deepcopy\(.*kd.detach\(\)"):
+            torch.jit.script(model)
+        assert torch.equal(torch.jit.script(copy.deepcopy(model))(X), model(X))
+    assert torch.equal(torch.jit.script(model)(X), model(X))
+
+
 def test_the_handles_of_others_still_work():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     calls = []
