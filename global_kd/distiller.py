@@ -20,7 +20,7 @@ from .losses.base import DistillLoss, Levels
 from .pair import Observed, Pair
 from .prototypes.bank import PrototypeBank
 from .prototypes.passes import Passes
-from .targets import Targets
+from .targets import Targets, warn_of_shared_ids
 
 
 class Distiller(nn.Module):
@@ -287,6 +287,9 @@ class Distiller(nn.Module):
         proposals = seen.sampled.proposals if seen.sampled is not None else None
         for _, loss in self._each():
             loss.check_values(seen.truth, proposals, len(seen.look.maps[0]))
+        if (truth := seen.truth).ids is not None:
+            looks = torch.cat([truth.boxes, truth.labels[:, None]], dim=1)
+            warn_of_shared_ids(truth.ids, looks, stacklevel=3)
         keeper = self._keeper
         if self.training and self._passes and keeper is not None and keeper.uses_prototypes:
             self._passes.sign(self._pair.signature())

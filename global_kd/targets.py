@@ -1,5 +1,6 @@
 """The labelled boxes of a batch, packed."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,9 @@ class Targets:
             may cross the border, lie outside, or have no area.
         labels: int64 ``(R,)``, class of each box in ``[0, num_classes)``.
         image_index: int64 ``(R,)``, which image of the batch each box belongs to.
-        ids: Optional int64 ``(R,)`` >= 0: any number by which to find an instance again, such as
-            its annotation id. Prototypes remember it.
+        ids: Optional int64 ``(R,)`` >= 0: any number by which to find an instance again in the
+            whole data set, such as its annotation id. Prototypes remember it; boxes of one id and
+            class are taken for one instance.
 
     Example:
         >>> import torch
@@ -154,6 +156,28 @@ class Targets:
         given = [x.ids for x in full if x.ids is not None]
         named = any(x.ids is not None for x in rows) and len(given) == len(full)
         return cls(boxes, labels, image_index, packed(given, whole) if named else None)
+
+
+def warn_of_shared_ids(ids: Tensor, looks: Tensor, *, stacklevel: int) -> None:
+    """Warn where one id stands for instances that look unlike; makes an accelerator wait.
+
+    Args:
+        ids: int64 ``(R,)``.
+        looks: A row ``(R, F)`` each: its box, and whatever else is known of it.
+        stacklevel: As in ``warnings.warn``, seen from the caller.
+    """
+    order = ids.argsort(stable=True)
+    ids, looks = ids[order], looks[order]
+    unlike = ~torch.isclose(looks[1:], looks[:-1], rtol=1e-5, atol=1e-3).all(dim=1)
+    shared = ids[1:][(ids[1:] == ids[:-1]) & unlike]
+    if len(shared):
+        warnings.warn(
+            "targets: expected ids that name one instance of the whole data set each, but some "
+            f"stand for boxes that differ, such as {int(shared[0])}: their instances are taken for "
+            "one. Pass annotation ids, no numbers that begin anew with each image or name the "
+            "image, or leave ids out",
+            stacklevel=stacklevel + 1,
+        )
 
 
 @dataclass(frozen=True)

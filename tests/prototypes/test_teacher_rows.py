@@ -170,6 +170,51 @@ def test_ids_that_several_boxes_have_are_told(ids, count):
     assert [str(x.message).split(",")[0] for x in told] == expected
 
 
+def of_images(images, boxes, **ids):
+    """One batch of several images; of each the first so many boxes."""
+    parts = [batch(n, ids=False, boxes=count) for n, count in zip(images, boxes)]
+    targets = [target for _, (target,) in parts]
+    for target, x in zip(targets, ids.get("ids", ())):
+        target["ids"] = torch.tensor(x)
+    return torch.cat([x for x, _ in parts]), targets
+
+
+SHARED = {
+    "numbers within an image": [[0, 1, 2], [0, 1]],
+    "numbers of the images": [[7, 7, 7], [8, 8]],
+}
+OWN = {
+    "annotations": (1, 2, [[0, 1, 2], [3, 4]]),
+    "one image twice": (1, 1, [[0, 1, 2], [0, 1]]),
+    "none": (1, 2, []),
+}
+
+
+@pytest.mark.parametrize("ids", SHARED.values(), ids=SHARED)
+def test_ids_that_several_boxes_have_are_told_at_the_first_step(ids):
+    kd, student, _, _ = distiller(refresh_every=9)
+    images, targets = of_images((1, 2), (3, 2), ids=ids)
+    student(images)
+    with pytest.warns(UserWarning, match="one instance .* such as [07]: .* annotation ids"):
+        kd(images, targets)
+    student(images)
+    with warnings.catch_warnings():  # once
+        warnings.filterwarnings("error", "targets: expected ids")
+        kd(images, targets)
+
+
+@pytest.mark.parametrize("case", OWN.values(), ids=OWN)
+def test_nothing_is_told_of_ids_that_stand_for_one_instance(case):
+    kd, student, _, _ = distiller(refresh_every=9)
+    images, targets = of_images(case[:2], (3, 2), ids=case[2])
+    if case[0] == case[1]:
+        targets[1] = {name: x[:2] for name, x in targets[0].items()}
+    student(images)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "targets: expected ids")
+        kd(images, targets)
+
+
 def test_without_ids_the_teacher_always_looks():
     loader = [batch(n, ids=False) for n in range(BATCHES)]
     kd, _, _, looks = distiller()
