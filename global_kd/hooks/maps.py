@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence, ValuesView
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -41,7 +42,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     else:  # attributes of an object of somebody's own; not objects within that object
         held = () if callable(value) else attributes_of(value).values()
         inner = [x for x in held if isinstance(x, (Tensor, Mapping, list, tuple))]
-    return list({id(x): x for item in inner for x in tensors_in(item)}.values())
+    found = [x for item in inner for x in tensors_in(item)]
+    if not torch.compiler.is_compiling():
+        return list({id(x): x for x in found}.values())
+    once: list[Tensor] = []
+    for x in found:  # torch.compile would trace each id() anew, for every batch
+        if not any(x is y for y in once):
+            once.append(x)
+    return once
 
 
 def plain(x: Tensor) -> Tensor:

@@ -337,6 +337,28 @@ def test_compiled_in_one_graph_that_is_traced_once(backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("how", ["itself", "within a function"])
+def test_a_compiled_model_is_not_traced_anew_for_every_batch(how):
+    """More steps than torch.compile makes programs of one piece of code, each with a new tensor."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    model = Model(lambda m: {"a": [*m]}, lambda x: None)
+    called = model if how == "itself" else lambda x: model(x)
+    with FeatureTap(model, "neck") as tap:
+        compiled = torch.compile(called, backend=backend, fullgraph=True)
+        for step in range(12):
+            x = X + step
+            compiled(x)
+            for one, conv in zip(feature_maps(tap.read(x)), model.neck.convs, strict=True):
+                torch.testing.assert_close(one, conv(x))
+    assert len(graphs) <= 2
+
+
 # --- which pictures ---------------------------------------------------------------------------
 
 
