@@ -1,6 +1,7 @@
 """Which form of an op runs: its definition, the one for processors, or the Triton twin."""
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _check
 
 BACKENDS = ("definition", "cpu", "triton")
-_forced: list[str] = []
+_forced: list[tuple[int, str]] = []  # by which thread, and what
 # GPUs on which the twins have been tried, with maps of which dtype.
 _trusted: dict[tuple[torch.device, torch.dtype], bool] = {}
 
@@ -25,11 +26,12 @@ def force(backend: str) -> Iterator[None]:
     accelerator, or ``TRITON_INTERPRET=1``.
     """
     _check.one_of("backend", backend, BACKENDS)
-    _forced.append(backend)
+    entry = threading.get_ident(), backend
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(entry)
 
 
 def backend(x: Tensor) -> str:
@@ -39,7 +41,7 @@ def backend(x: Tensor) -> str:
     compiler fuses itself. On a GPU it is the Triton twin, after a small trial of the twins against
     their definitions, once per process, GPU and dtype, has gone well; if not, a warning says why.
     """
-    form = _forced[-1] if _forced else None
+    form = _forced_here() if _forced else None
     if form is None:
         form = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "definition")
         # The twins accumulate in float32: float64 is there to check them.
@@ -48,6 +50,14 @@ def backend(x: Tensor) -> str:
     if form == "cpu" and torch.compiler.is_compiling():
         return "definition"
     return form
+
+
+def _forced_here() -> str | None:
+    """What is forced in this thread: a trial in another one is none of its business."""
+    if torch.compiler.is_compiling():  # which knows of no threads
+        return _forced[-1][1]
+    here = threading.get_ident()
+    return next((form for thread, form in reversed(_forced) if thread == here), None)
 
 
 def _twins_work(device: torch.device, dtype: torch.dtype) -> bool:
@@ -63,6 +73,9 @@ def _twins_work(device: torch.device, dtype: torch.dtype) -> bool:
 
             trial(device, dtype)
             _trusted[key] = True
+        except torch.cuda.OutOfMemoryError:  # that says nothing about the twins
+            del _trusted[key]
+            return False
         except Exception as error:  # whatever it is, training goes on
             warnings.warn(
                 f"global_kd: the Triton kernels do not work here with {dtype} "
@@ -70,7 +83,7 @@ def _twins_work(device: torch.device, dtype: torch.dtype) -> bool:
                 "place. Please report this",
                 stacklevel=2,
             )
-        except BaseException:  # interrupted: that says nothing about the twins
+        except BaseException:  # interrupted: nor does that
             del _trusted[key]
             raise
     return _trusted[key]

@@ -1,6 +1,7 @@
 """Which form of an op runs, and what the processor's forms promise: little memory, same numbers."""
 
 import sys
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import global_kd.functional as F
 from global_kd.ops import dispatch, memory
@@ -294,6 +296,93 @@ def test_large_tiles_are_tried_beside_small_ones(monkeypatch):
             raise RuntimeError("out of resource")
 
     monkeypatch.setattr(module, "_try", fails_where_large)
-    with pytest.raises(RuntimeError, match="large tiles: out of resource"):
+    with pytest.raises(RuntimeError, match="large tiles: RuntimeError: out of resource"):
         module.trial(torch.device("cpu"), torch.float32)
     assert len(seen) == 2 and seen[0] < 256
+
+
+class OutOfResources(Exception):
+    """As Triton has some: made of more than one argument."""
+
+    def __init__(self, required, limit, name):
+        super().__init__(f"out of resource: {name}, Required: {required}, Hardware limit: {limit}")
+
+
+def test_what_a_kernel_says_is_said_whatever_its_error_is_made_of(monkeypatch):
+    from global_kd.ops._triton import trial as module
+
+    def fails(*_):
+        raise OutOfResources(232448, 101376, "shared memory")
+
+    monkeypatch.setattr(module, "_try", fails)
+    with pytest.raises(RuntimeError, match="small tiles: OutOfResources: .* Required: 232448"):
+        module.trial(torch.device("cpu"), torch.float32)
+
+
+def test_a_trial_without_memory_says_nothing_of_the_twins(trials, monkeypatch):
+    from global_kd.ops._triton import trial as real
+
+    def no_memory(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    here, trial = torch.device("cpu"), sys.modules["global_kd.ops._triton.trial"]
+    with monkeypatch.context() as patch:
+        patch.setattr(real, "_try", no_memory)
+        patch.setattr(trial, "trial", real.trial)
+        assert dispatch._twins_work(here, torch.float32) is False
+    assert dispatch._twins_work(here, torch.float32) and trials == [(here, torch.float32)]
+
+
+def test_a_trial_in_one_thread_forces_nothing_in_another():
+    inside, done = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with force("triton"), force("definition"):
+            inside.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    try:
+        assert inside.wait(30)
+        assert backend(torch.ones(2)) == "cpu"
+        with force("definition"):
+            done.set()
+            thread.join()
+            assert backend(torch.ones(2)) == "definition"  # the other has ended
+    finally:
+        done.set()
+    assert not dispatch._forced
+
+
+@pytest.mark.parametrize("where", ["checkpointed", "deterministic"])
+def test_the_trial_is_not_disturbed_by_what_its_caller_does(where, monkeypatch):
+    """Both forms are the definition here, as above."""
+    from global_kd.ops._triton import trial as module
+
+    told = []
+
+    def forced(form):
+        told.append(torch.are_deterministic_algorithms_enabled())
+        return force("definition")
+
+    monkeypatch.setattr(module, "force", forced)
+    monkeypatch.setattr(module, "_SIZES", {"small tiles": module._SIZES["small tiles"]})
+
+    def work(x):
+        if not told:
+            module.trial(torch.device("cpu"), torch.float32)
+        return x.sin().square().sum()
+
+    x = torch.ones(3, requires_grad=True)
+    if where == "checkpointed":
+        checkpoint(work, x, use_reentrant=False).backward()
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            work(x).backward()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert told == [False, False]
+    torch.testing.assert_close(x.grad, 2 * x.detach().sin() * x.detach().cos())
