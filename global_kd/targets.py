@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from .ops.transfer import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +97,9 @@ class Targets:
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same targets on another device."""
-        ids = None if self.ids is None else self.ids.to(device)
-        return Targets(
-            self.boxes.to(device), self.labels.to(device), self.image_index.to(device), ids
-        )
+        ids = None if self.ids is None else sent(self.ids, device)
+        boxes, labels = sent(self.boxes, device), sent(self.labels, device)
+        return Targets(boxes, labels, sent(self.image_index, device), ids)
 
     @classmethod
     def from_list(
@@ -137,25 +137,24 @@ class Targets:
                 f"{len(targets)}; an image without boxes has boxes of shape (0, 4)"
             )
         rows = [_Image.read(i, target, canvas) for i, target in enumerate(targets)]
-        full = [x for x in rows if len(x.boxes)]  # an image without boxes decides nothing
+        full = {i: x for i, x in enumerate(rows) if len(x.boxes)}  # one without decides nothing
         if device is None:
-            device = next((x.boxes.device for x in [*full, *rows]), torch.device("cpu"))
-
-        def packed(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-            # On the device where they are, then all at once.
-            where = parts[0].device if parts else empty.device
-            joined = torch.cat([x.to(where) for x in parts]) if parts else empty
-            return joined.to(device)
-
-        whole = torch.zeros(0, dtype=torch.int64, device=device)
-        boxes = packed([x.boxes for x in full], torch.zeros(0, 4, device=device))
-        # Written where they are to be: a copy from the processor would make an accelerator wait.
-        index = [torch.full_like(x.labels, i, device=device) for i, x in enumerate(rows)]
-        image_index = torch.cat(index) if index else whole
-        labels = packed([x.labels for x in full], whole)
-        given = [x.ids for x in full if x.ids is not None]
-        named = any(x.ids is not None for x in rows) and len(given) == len(full)
-        return cls(boxes, labels, image_index, packed(given, whole) if named else None)
+            device = next((x.boxes.device for x in [*full.values(), *rows]), torch.device("cpu"))
+        if not full:
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            named = any(x.ids is not None for x in rows)
+            boxes = torch.zeros(0, 4, device=device)
+            return cls(boxes, none, none, none if named else None)
+        # Joined where they are, and sent in two pieces.
+        where = next(iter(full.values())).boxes.device
+        index = [torch.full_like(x.labels, i, device=where) for i, x in full.items()]
+        columns = [[x.labels for x in full.values()], index]
+        ids = [x.ids for x in full.values() if x.ids is not None]
+        if len(ids) == len(full):
+            columns.append(ids)
+        boxes = torch.cat([x.boxes.to(where) for x in full.values()])
+        table = torch.stack([torch.cat([x.to(where) for x in column]) for column in columns])
+        return cls(sent(boxes, device), *sent(table, device).unbind())
 
 
 def warn_of_shared_ids(ids: Tensor, looks: Tensor, *, stacklevel: int) -> None:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import evaluating
-from ..step import Dense, RegionOutputs, shared_locations
+from ..step import Dense, RegionOutputs
 from ..targets import Targets
 from .detectron2_batch import ground_truth, image_list, is_batch, pack, tensors_of
 from .detectron2_heads import BoxHead, DenseHead, in_full_precision, matched
 from .given import taken, unpacked
+from .locations import beside, objects
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 
@@ -174,15 +175,10 @@ class Detectron2Detector(MapsOnly):
         if self._box_head is not None:
             logits, _ = self._box_head.run(look.raw, sampled.raw)
             return self._box_head.columns(logits), None
-        mask, grids = sampled.raw
+        image, location, grids = sampled.raw
         dense = self.dense(look)
-        mine, theirs, _ = shared_locations(grids, dense.grids, mask.device)
-        where = torch.full_like(mask[0], -1, dtype=torch.int64)
-        everything = torch.arange(dense.logits.shape[1], device=mask.device)
-        where[slice(None) if mine is None else mine] = everything if theirs is None else theirs
-        image, location = mask.nonzero(as_tuple=True)
-        rows = (where[location] >= 0).nonzero()[:, 0]
-        return dense.logits[image[rows], where[location[rows]]], rows
+        location, rows = beside(grids, dense.grids, image, location)
+        return dense.logits[image if rows is None else image[rows], location], rows
 
     def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
         if self._dense_head is None:
@@ -297,29 +293,27 @@ class Detectron2Detector(MapsOnly):
         corners = torch.cat([x.tensor for x in boxes]).float()
         none = packed.labels.new_zeros(1)  # the last row stands for the background
         labels = torch.cat([packed.labels, none])[box.clamp(min=-1)]
-        counts = torch.tensor([len(x) for x in boxes], device=box.device)
-        image = torch.arange(len(boxes), device=box.device).repeat_interleave(
-            counts, output_size=len(box)
-        )
+        image = torch.cat([torch.full_like(x, i) for i, x in enumerate(by_image)])
         found = Targets(corners, labels, image)
         if "regions" in facts:
             look = replace(seen.look, tapped={**tapped, "trained on": corners})
             seen = replace(seen, look=look, proposals=(found, box))
         if facts & {"positives", "proposals"}:
-            mask, masks = box >= 0, [x >= 0 for x in by_image]
-            rows = None
+            rows, counts = objects(box >= 0, [len(x) for x in by_image])  # the one wait of a step
+            logits = None
             if "positives" in facts:
                 with torch.enable_grad():
-                    rows = self._box_head.columns(tapped["predictions"][0][mask])
-            kept = [x[m] for x, m in zip(boxes, masks, strict=True)]
-            positive = Targets(corners[mask], labels[mask], image[mask])
-            seen = replace(seen, sampled=Sampled(rows, box[mask], positive, kept))
+                    logits = self._box_head.columns(tapped["predictions"][0][rows])
+            per_image = torch.cat([x.tensor for x in boxes])[rows].split(counts)
+            kept = [type(x)(part) for x, part in zip(boxes, per_image, strict=True)]
+            positive = Targets(corners[rows], labels[rows], image[rows])
+            seen = replace(seen, sampled=Sampled(logits, box[rows], positive, kept))
         return seen
 
     def _positive_locations(self, look: Look, assigned: Tensor) -> Sampled:
         """The locations that a dense student trains as objects."""
-        dense, mask = self.dense(look), assigned >= 0
-        return Sampled(dense.logits[mask], assigned[mask], raw=(mask, dense.grids))
+        dense, rows = self.dense(look), (assigned >= 0).nonzero(as_tuple=True)
+        return Sampled(dense.logits[rows], assigned[rows], raw=(*rows, dense.grids))
 
 
 def _detectron2_classes(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.transfer import sent
 from ..targets import Targets
 from .pixels import View
 
@@ -29,7 +30,9 @@ def ground_truth(batch: Any, targets: Any, device: torch.device) -> list[Any]:
                 f"but got the keys {sorted(one)}"
             )
     return [
-        instances(x, x.gt_boxes.to(device), x.gt_classes.to(device))  # without masks and the like
+        instances(  # without masks and the like
+            x, type(x.gt_boxes)(sent(x.gt_boxes.tensor, device)), sent(x.gt_classes, device)
+        )
         for x in (one["instances"] for one in batch)
     ]
 

@@ -60,9 +60,7 @@ class ProposalHead:
         boxes = None
         if "boxes" in facts:
             centre, half = self._regressed(memory, anchors)
-            sides = anchors.new_tensor([view.size])
-            if view.sizes is not None:
-                sides = torch.as_tensor(view.sizes, device=anchors.device).to(anchors.dtype)
+            sides = view.extents().to(anchors.dtype)
             boxes = torch.cat([centre - half, centre + half], dim=2)
             boxes = boxes * sides.flip(1).repeat(1, 2)[:, None]
         priors = cells_of(grids, maps[0]) if "priors" in facts else None

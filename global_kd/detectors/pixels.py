@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..hooks import input_channels
+from ..ops.transfer import numbers, sent
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Pixels:
                     f"{tuple(x.shape)}, but got {len(values)}: {values}; pass "
                     f"Pixels({name}=...) as student_pixels or teacher_pixels"
                 )
-            return x.new_tensor(values)[:, None, None]
+            return numbers(values, x)[:, None, None]
 
         rgb = (x * column("std", self) + column("mean", self)) * (to.scale / self.scale)
         if self.bgr != to.bgr and channels > 1:
@@ -109,12 +110,22 @@ class View:
         height, width = self.images.shape[-2:]
         return height, width
 
+    def extents(self) -> Tensor:
+        """Height and width of each image without its padding, on the device of the images.
+
+        Integers ``(B, 2)``, or ``(1, 2)`` where all are as large as the canvas.
+        """
+        if isinstance(self.sizes, Tensor):
+            return sent(self.sizes, self.images.device)
+        sizes = [self.size] if self.sizes is None else self.sizes
+        return sent(torch.tensor(sizes, device="cpu"), self.images.device)
+
     def inside(self) -> Tensor | None:
         """True where an image is, bool ``(B, H, W)``; ``None``: everywhere."""
         if self.sizes is None:
             return None
         (height, width), device = self.size, self.images.device
-        sizes = torch.as_tensor(self.sizes, device=device)
+        sizes = self.extents()
         y = torch.arange(height, device=device) < sizes[:, :1]
         x = torch.arange(width, device=device) < sizes[:, 1:]
         return y[:, :, None] & x[:, None, :]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import evaluating, feature_maps
-from ..step import Dense, Hidden, RegionOutputs, shared_locations
+from ..step import Dense, Hidden, RegionOutputs
 from ..targets import Targets
 from .given import one_each, refuse_other_format, taken, unpacked
+from .locations import beside, objects
 from .pixels import Pixels, View, fitting
 from .protocol import Detections, Look, MapsOnly, Sampled, Seen
 from .torchvision_dense import DenseHead, family, firsts
@@ -148,17 +149,9 @@ class TorchvisionDetector(MapsOnly):
         if self._two_stage:
             return self._second_stage(look, sampled.raw)[0], None
         image, location, grids = sampled.raw
-        theirs, device = self.dense(look), location.device
-        mine_rows, their_rows, shared = shared_locations(grids, theirs.grids, device)
-        count = sum(grid.rows for grid in shared)
-        where = torch.arange(count, device=device) if their_rows is None else their_rows
-        if mine_rows is None:  # the teacher has a twin of every location
-            return theirs.logits[image, where[location]], None
-        total = sum(grid.rows for grid in grids)
-        where = torch.full((total,), -1, device=device).index_put((mine_rows,), where)
-        twin = where[location]
-        rows = (twin >= 0).nonzero()[:, 0]  # another wait: which of the positives have one
-        return theirs.logits[image[rows], twin[rows]], rows
+        theirs = self.dense(look)
+        location, rows = beside(grids, theirs.grids, image, location)
+        return theirs.logits[image if rows is None else image[rows], location], rows
 
     def dense(self, look: Look, facts: frozenset[str] = frozenset()) -> Dense:
         return self._dense.read(look.maps, look.view, facts, look.tapped)
@@ -272,10 +265,7 @@ def _pack(truth: list[dict[str, Tensor]]) -> Targets:
 
 def _objects(logits: Tensor, drawn: Targets, box: Tensor, per_image: list[Tensor]) -> Sampled:
     """Those of the proposals that the student trains as objects."""
-    mask = box >= 0
-    # The one wait of a step for the device: how many there are in each image.
-    counts = torch.stack([m.sum() for m in mask.split([len(p) for p in per_image])]).tolist()
-    rows = mask.to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)]
+    rows, counts = objects(box >= 0, [len(p) for p in per_image])  # the one wait of a step
     targets = Targets(drawn.boxes[rows], drawn.labels[rows], drawn.image_index[rows])
     raw = torch.cat(per_image)[rows].split(counts)
     return Sampled(logits[rows], box[rows], targets, raw)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..hooks import FeatureTap, evaluating, feature_maps, tokens_to_maps
+from ..ops.transfer import sent
 from ..step import Dense, Queries
 from ..targets import Targets
 from . import lw_detr, rt_detr
@@ -217,9 +218,8 @@ class TransformersDetector(MapsOnly):
             output = self.model(**self._taken(view))
         embeddings = output.last_hidden_state[:, -output.logits.shape[1] :]  # YOLOS': all tokens
         boxes = _corners(output.pred_boxes.to(torch.promote_types(self.model.dtype, torch.float32)))
-        sizes = boxes.new_tensor([view.size])
-        if self._family.masked and view.sizes is not None:
-            sizes = torch.as_tensor(view.sizes, device=boxes.device).to(boxes.dtype)
+        seen = view if self._family.masked else View(view.images)
+        sizes = seen.extents().to(boxes.dtype)
         boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
         sides = getattr(output, "intermediate_predicted_corners", None)
         bins = sides[:, -1].unflatten(2, (4, -1)) if isinstance(sides, Tensor) else None
@@ -324,15 +324,13 @@ def _truth(batch: Mapping[str, Any], view: View, device: torch.device) -> Target
             for i, x in enumerate(labels)
         ]
     )
-    boxes = _corners(torch.cat([x["boxes"] for x in labels]).to(device, torch.float32))
+    boxes = _corners(sent(torch.cat([x["boxes"] for x in labels]), device).to(torch.float32))
     if all("size" in x for x in labels):
-        sizes = torch.stack([torch.as_tensor(x["size"]) for x in labels]).to(device)
+        sizes = sent(torch.stack([torch.as_tensor(x["size"]) for x in labels]), device)
     else:
-        sizes = torch.stack(
-            [torch.full((len(labels),), x, device=device) for x in view.size], dim=1
-        )
+        sizes = View(view.images).extents().expand(len(labels), 2)
     # Of an image without objects they may be of any dtype.
-    classes = torch.cat([x["class_labels"].to(torch.int64) for x in labels]).to(device)
+    classes = sent(torch.cat([x["class_labels"].to(torch.int64) for x in labels]), device)
     return Targets(boxes * sizes.flip(1).repeat(1, 2)[image_index], classes, image_index)
 
 

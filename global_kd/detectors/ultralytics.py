@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hooks import FeatureTap, evaluating, tensors_in
+from ..ops.transfer import numbers, sent
 from ..step import Dense, Hidden, Queries
 from ..targets import Targets
 from . import rt_detr
@@ -248,7 +249,7 @@ class UltralyticsDetector(MapsOnly):
                 f"dictionary with {', '.join(_KEYS)}, but got {got}"
             )
         device = next(self.model.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in images.items()}
+        batch = {k: sent(v, device) if isinstance(v, Tensor) else v for k, v in images.items()}
         batch["img"] = self._fitting(batch["img"])
         return batch
 
@@ -262,8 +263,9 @@ class UltralyticsDetector(MapsOnly):
 def _truth(batch: dict[str, Any]) -> Targets:
     refuse_other_format("bboxes", batch["bboxes"], "CXCYWH")
     centre, side = batch["bboxes"].float().split(2, dim=1)
-    size = side.new_tensor(batch["img"].shape[-2:][::-1])
-    boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1) * size.repeat(2)
+    height, width = batch["img"].shape[-2:]
+    size = numbers([width, height] * 2, side)
+    boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1) * size
     return Targets(boxes, batch["cls"].reshape(-1).long(), batch["batch_idx"].reshape(-1).long())
 
 
