@@ -24,7 +24,7 @@ from global_kd.doctor import Alarm
 from global_kd.ops.dispatch import force
 from global_kd.pair import pair
 
-_PACKAGES = ("global_kd", "torchvision")
+_PACKAGES = ("global_kd", "torchvision", "detectron2")
 _ON_A_CPU = ((Targets, "validate"), (pair, "refuse_strangers"), (Alarm, "_look"))
 _READING = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # no operation on a CPU
 

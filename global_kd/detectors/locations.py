@@ -28,19 +28,6 @@ def cells_of(grids: Sequence[Grid], like: Tensor) -> Tensor:
     return torch.cat(cells)
 
 
-def objects(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Which rows of several images are true, int64 ``(M,)`` in order, and how many of each image.
-
-    Makes an accelerator wait once.
-
-    Args:
-        mask: bool ``(N,)``, the images' rows one after another.
-        lengths: Rows of each image.
-    """
-    counts = torch.stack([x.sum() for x in mask.split(lengths)]).tolist()
-    return mask.to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)], counts
-
-
 def beside(
     student: tuple[Grid, ...],
     teacher: tuple[Grid, ...],

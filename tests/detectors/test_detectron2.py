@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detector_waits import places
+from benchmarks.waits import makes_wait
 from global_kd import Distiller, GlobalKnowledgeLoss, Pixels
 from global_kd.functional import logit_loss
 from tests.small_loss import small_loss
@@ -157,6 +159,20 @@ def test_a_student_that_is_its_teacher_loses_nothing(kind, boxes):
     packed, omega = kd.weigh(images)
     assert len(packed) == 4
     torch.testing.assert_close(omega, torch.ones_like(omega))
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet", "fcos"])
+def test_a_step_asks_once_how_many_objects_there_are(kind):
+    """Whatever else would make a GPU's host wait is in Detectron2's own code."""
+    torch.manual_seed(0)
+    student = detector(kind)
+    kd = Distiller(student, detector(kind, 4), gk(refresh_every=None))
+    images = batch(kind)
+    for _ in range(2):  # the first step looks at values on any device
+        step(student, (images,))
+        seen = places(partial(kd, images), makes_wait)
+    ours = {place: n for place, n in seen.items() if place.startswith("global_kd")}
+    assert ours == {"global_kd/detectors/detectron2.py": 1}
 
 
 def squares():
