@@ -173,7 +173,7 @@ def write_steps(tables: Sequence[Table], store: Store, device: str) -> int:
         if lacking:
             print(f"{table.name}: left out, a teacher of it has no weights in {store.cache}")
             continue
-        pace.write([table], [steps(table, store, device)], report.steps_file(store))
+        pace.write(table, steps(table, store, device), report.steps_file(store))
         print(f"{table.name}: written")
     return 0
 

@@ -38,11 +38,9 @@ def _now(device: torch.device) -> float:
     return time.process_time()
 
 
-def write(tables: Sequence[Table], measured: Sequence[Sequence[float]], file: Path) -> None:
-    """The steps of each table's arms as multiples of the first arm's, beside those of others."""
+def write(table: Table, spent: Sequence[float], file: Path) -> None:
+    """The steps of a table's arms as multiples of the first arm's, beside those of other tables."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for table, spent in zip(tables, measured, strict=True):
-        names = [arm.name for arm in table.arms]
-        ratios = [round(x / spent[0], 3) for x in spent]
-        known[table.name] = dict(zip(names, ratios, strict=True))
+    ratios = [round(x / spent[0], 3) for x in spent]
+    known[table.name] = dict(zip([arm.name for arm in table.arms], ratios, strict=True))
     file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
