@@ -23,6 +23,7 @@ from global_kd import PAPER
 from workshop.small_detectors import SIZES, Size
 
 from .declaration import CLASSES, Arm, Method, Others, Pictures, Table, Trial
+from .equal_tuning import METHODS, USUAL_SHARE, EqualTuning
 from .pretrained import Pretrained
 
 # Of nine of ten boxes and of most of each class the shorter side is longer than `min_side` px;
@@ -38,8 +39,8 @@ ITERATIONS_OF = {"cards": 600}
 IMAGENET = Pretrained()
 TEACHER_OF: Mapping[str, Size | Pretrained] = {"cards": IMAGENET}
 IMAGENET_RATE = 1e-3  # highest learning rate of what starts from ImageNet weights
-SHARES, USUAL_SHARE = (0.1, 0.3, 1.0), 0.3
-METHODS = ("pkd", "fgd", "frs", "cwd", "mgd", "crosskd", "bckd")  # LD needs box distributions
+# Five seeds where a training takes less than two minutes.
+SEEDS_OF = {"bccd": 5}
 
 # The share that did best on the tuning split (`q2-tuning`), by data set.
 BEST: Mapping[str, Mapping[str, float]] = {
@@ -61,6 +62,11 @@ class Real:
     """The tables of one data set."""
 
     source: str
+
+    @property
+    def seeds(self) -> int:
+        """Of every table, where nothing else is said."""
+        return SEEDS_OF.get(self.source, 3)
 
     @property
     def iterations(self) -> int:
@@ -188,39 +194,33 @@ class Real:
         return Table(f"{self.source}-q5-labels", title, 3, tuple(arms))
 
     def question_2(self) -> list[Table]:
-        """Untuned at one share, tuned on the tuning split, and at the best share there."""
-        shares = {name: USUAL_SHARE for name in ("defaults", *METHODS)}
-        tables = self._methods("share", f"at a share of {USUAL_SHARE:g}", 3, shares)
-        base = self.student(held_out=True)
-        arms = [Arm("none", base, ())]
-        for share in SHARES:
-            for name in ("defaults", *METHODS):
-                arms.append(
-                    Arm(f"{name}, {share:g}", self.taught(base, self.at_share(name, share)))
-                )
+        """Methods untuned at one share, tuned on the tuning split, and at the best share there.
+
+        Each also with global knowledge beside it (question 3).
+        """
+        usual = f"at a share of {USUAL_SHARE:g}"
+        tables = self._methods(
+            "share", usual, 3, {name: USUAL_SHARE for name in ("defaults", *METHODS)}, seeds=3
+        )
         title = "Every method at three shares of the detection gradient (tuning split)"
-        tables.append(Table(f"{self.source}-q2-tuning", title, 5, tuple(arms), seeds=1))
+        tables.append(self.equal_tuning("q2-tuning", held_out=True).tuning(title, 5))
         if best := BEST.get(self.source):
-            tables += self._methods("methods", "at its best share", 6, best)
+            tables += self._methods("methods", "at its best share", 6, best, seeds=self.seeds)
         return tables
 
+    def equal_tuning(self, key: str, held_out: bool = False) -> EqualTuning:
+        """What tables of every method share."""
+        base, teacher = self.student(held_out), self.teacher(held_out)
+        return EqualTuning(f"{self.source}-{key}", base, teacher, self.method())
+
     def _methods(
-        self, key: str, how_strong: str, rank: int, shares: Mapping[str, float]
+        self, key: str, how_strong: str, rank: int, shares: Mapping[str, float], seeds: int
     ) -> list[Table]:
-        """Methods alone, and each with global knowledge beside it (question 3)."""
-        base = self.student()
-        alone = [Arm("none", base, ()), Arm("defaults", self.taught(base, self.method()))]
-        joined = list(alone)
-        for name, share in shares.items():
-            how, label = self.at_share(name, share), f"{name}, {share:g}"
-            alone.append(Arm(label, self.taught(base, how), ("none", "defaults")))
-            if name != "defaults":
-                both = Others(name, share, robust=True, beside=self.method())
-                joined += [alone[-1], Arm(f"{label} + global", self.taught(base, both), (label,))]
-        titles = f"Every method {how_strong}", f"Every method {how_strong} with global knowledge"
+        title = f"Every method {how_strong}"
+        alone, joined = self.equal_tuning(f"q2-{key}"), self.equal_tuning(f"q3-{key}")
         return [
-            Table(f"{self.source}-q2-{key}", titles[0], rank, tuple(alone)),
-            Table(f"{self.source}-q3-{key}", titles[1], rank + 1, tuple(joined)),
+            alone.alone(title, rank, shares, seeds),
+            joined.joined(f"{title} with global knowledge", rank + 1, shares, seeds),
         ]
 
     def question_6(self) -> list[Table]:
@@ -269,16 +269,14 @@ class Real:
             tables.append(Table(f"{self.source}-q7-imagenet", title, 4, tuple(arms)))
         return tables
 
-    def at_share(self, name: str, share: float) -> Others:
-        """A method whose terms pull together with a share of the detection gradient."""
-        if name == "defaults":
-            return Others("", share, beside=self.method(), tuned=True)
-        return Others(name, share)
-
     def tables(self) -> list[Table]:
         """All of them, by question."""
         questions = self.question_1, self.question_2, self.question_6, self.question_7
-        return [table for question in questions for table in question()]
+        return [
+            dataclasses.replace(table, seeds=min(table.seeds, self.seeds))
+            for question in questions
+            for table in question()
+        ]
 
 
 REAL = {source: Real(source).tables() for source in CLASSES}

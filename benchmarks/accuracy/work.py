@@ -109,8 +109,9 @@ def summary(tables: Sequence[Table], seeds: int, store: Store, only: str | None 
             )
     lines.append(f"{'all, each trial once':28} {'':>4} {'':>5} {_progress(trials, store, results)}")
     lines.append(
-        f"{seeds} seeds; with teachers and warm starts in the last line. Minutes of training alone "
-        "on one process, by the pace of finished trials; + where there is none to go by."
+        f"At most {seeds} seeds; with teachers and warm starts in the last line. Minutes of "
+        "training alone on one process, by the pace of finished trials; + where there is none to "
+        "go by."
     )
     return "\n".join(lines)
 

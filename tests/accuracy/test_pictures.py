@@ -10,8 +10,11 @@ from PIL import Image
 
 from benchmarks.accuracy import pictures
 from benchmarks.accuracy.declaration import CLASSES, Others, Pictures, Trial, declared
+from benchmarks.accuracy.equal_tuning import METHODS
+from benchmarks.accuracy.experiments import BEST as DIGITS
+from benchmarks.accuracy.experiments import REDUCED
 from benchmarks.accuracy.pictures import HELD_OUT, SOURCES, described, load, mislabelled
-from benchmarks.accuracy.real import BEST, METHODS, REAL, Real
+from benchmarks.accuracy.real import BEST, REAL, Real
 from benchmarks.accuracy.store import RESULTS, Store
 from benchmarks.accuracy.work import everything, in_order
 from workshop.detection_data import first_batches, target_of
@@ -172,17 +175,21 @@ def test_no_two_trainings_have_one_identity_and_nothing_is_trained_on_what_it_is
                 assert trial.data.held_out and trial.seed == 0
 
 
-@pytest.mark.parametrize("source", BEST)
-def test_the_best_shares_are_those_that_the_tuning_split_chose(source):
-    store = Store(RESULTS / source / "cpu", Path())
-    table = next(t for t in REAL[source] if t.name == f"{source}-q2-tuning")
+TUNED = [(source, REAL[source], f"{source}-q2-tuning", BEST[source]) for source in BEST]
+TUNED += [("", REDUCED.tables(), f"{prefix}q6-tuning", DIGITS[prefix]) for prefix in DIGITS]
+
+
+@pytest.mark.parametrize(("folder", "tables", "name", "best"), TUNED, ids=lambda x: str(x)[:16])
+def test_the_best_shares_are_those_that_the_tuning_split_chose(folder, tables, name, best):
+    store = Store(RESULTS / folder / "cpu", Path())
+    table = next(t for t in tables if t.name == name)
     scores = {}
     for arm in table.arms:
         if arm.name != "none":
-            name, share = arm.name.split(", ")
+            method, share = arm.name.split(", ")
             result = store.result(arm.trial)
-            scores.setdefault(name, {})[float(share)] = result["scores"]["AP"]
-    assert BEST[source] == {name: max(known, key=known.get) for name, known in scores.items()}
+            scores.setdefault(method, {})[float(share)] = result["scores"]["AP"]
+    assert best == {method: max(known, key=known.get) for method, known in scores.items()}
 
 
 def test_a_declaration_of_pictures_and_methods_is_plain():
@@ -206,7 +213,7 @@ def test_every_declared_method_pulls_with_its_share(name, batches):
     """The shares of its terms add up; what stands beside it keeps its weights."""
     torch.manual_seed(0)
     student, teacher = (small_faster_rcnn(SIZES[x], 11).train() for x in SIZES)
-    how = Real("bccd").at_share(name.split()[0], 0.3)
+    how = Real("bccd").equal_tuning("q2").at_share(name.split()[0], 0.3)
     if "global" in name:
         how = dataclasses.replace(how, robust=True, beside=Real("bccd").method())
     kd = how.distiller(student, teacher, 11, 100, 0)
