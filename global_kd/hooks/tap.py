@@ -197,7 +197,8 @@ class FeatureTap:
             into = name in self.inputs
             handles.append(attach(module, tap.entering if into else tap.leaving, before=into))
         handles.append(attach(self._model, recorder.stop, always_call=True))
-        touched = [weakref.ref(module) for module in (self._model, *modules.values())]
+        self._tapped = {name: weakref.ref(module) for name, module in modules.items()}
+        touched = [weakref.ref(self._model), *self._tapped.values()]
         self._finalizer = weakref.finalize(self, detach, touched, handles)
         self._finalizer.atexit = False
 
@@ -322,8 +323,7 @@ class FeatureTap:
             if not records:
                 raise ValueError(
                     f"{tap}: expected its module to run once in the model's "
-                    "forward, but it never fired; run the model first (once per read), check that "
-                    "its forward uses this module, and attach before torch.compile traces it"
+                    f"forward, but it never fired; {self._cure(name)}"
                 )
             if len(records) > 1:
                 raise ValueError(
@@ -339,6 +339,27 @@ class FeatureTap:
                     "had not done before; pass FeatureTap(..., clone=True)"
                 )
         return {name: records[0].best for name, records in found.items()}
+
+    def _cure(self, name: str) -> str:
+        """Of a tap that did not fire."""
+        if self._model is not None:
+            kind = type(self._model).__name__
+            try:
+                now = resolve(self._model, self.paths[name])
+            except ValueError:
+                now = None
+            if now is None or now is not self._tapped[name]():
+                return (
+                    f"the {kind} has had another module there since it was tapped: tap it anew, "
+                    "or make the Distiller after the last change to its detectors"
+                )
+            model = f"this {kind}"
+        else:
+            model = "the model"
+        return (
+            f"run {model} itself first (once per read; a copy has no taps), check that its forward "
+            "uses this module, and attach before torch.compile traces it"
+        )
 
     def __enter__(self) -> "FeatureTap":
         return self
@@ -357,7 +378,7 @@ class FeatureTap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._model = None
+        self._model, self._tapped = None, {}
         self._recorder = _Recorder(self.paths, self.inputs, self.clone)
         self._finalizer = weakref.finalize(self, detach, [], [])
 

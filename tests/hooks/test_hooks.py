@@ -122,6 +122,21 @@ def test_silence_is_an_error():
             tap.read()
 
 
+def test_a_silent_tap_tells_a_module_that_was_exchanged():
+    model = Detector()
+    with FeatureTap(model, "stem") as tap:
+        copy.deepcopy(model)(IMAGE)
+        with pytest.raises(ValueError, match="this Detector itself first .*a copy has no taps"):
+            tap.read()
+        model.stem = copy.deepcopy(model.stem)
+        model(IMAGE)
+        with pytest.raises(ValueError, match="Detector has had another module there since"):
+            tap.read()
+        del model.stem
+        with pytest.raises(ValueError, match="Detector has had another module there since"):
+            tap.read()
+
+
 def test_reading_twice_needs_two_forwards():
     model = Detector()
     with FeatureTap(model, "stem") as tap:
