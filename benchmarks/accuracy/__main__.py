@@ -16,6 +16,7 @@ from workshop import storage
 
 from . import gradients, neighbours, pace, report
 from .declaration import CLASSES, Table, Trial
+from .every_method import compared, every_method
 from .experiments import GRIDS
 from .perform import perform, steps
 from .real import REAL
@@ -127,7 +128,11 @@ def main(words: Sequence[str] | None = None) -> int:
         tables = [shrunk(table) for table in both] if args.quick else both
         pages = report.PAGES if digits else (report.REAL_PAGE,)
         pages = pages if args.page is None else (args.page,)
-        return max(report.main(sources, matching(tables, args.only), page) for page in pages)
+        tables, seeds = matching(tables, args.only), args.seeds or SEEDS
+        return max(
+            report.main(sources, tables, page, {"methods": every_method(compared(), seeds)})
+            for page in pages
+        )
     tables = GRIDS[args.grid or GRID[args.device]] if digits else REAL[args.data]
     tables = [shrunk(table) for table in tables] if args.quick else tables
     cache, root = getattr(args, "cache", Path()), getattr(args, "root", None)

@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from .declaration import SEEDS_PER_SPLIT, Arm, Method, Others, Table, Trial
 
 SHARES, USUAL_SHARE = (0.1, 0.3, 1.0), 0.3
-METHODS = ("pkd", "fgd", "frs", "cwd", "mgd", "crosskd", "bckd")  # LD needs box distributions
+METHODS = {  # and what each needs beside feature maps; LD needs box distributions
+    "pkd": "nothing",
+    "fgd": "boxes",
+    "frs": "a teacher with a dense head",
+    "cwd": "nothing",
+    "mgd": "nothing",
+    "crosskd": "a teacher with a dense head",
+    "bckd": "two dense heads alike",
+}
 
 
 @dataclasses.dataclass(frozen=True)

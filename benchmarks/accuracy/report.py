@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +22,7 @@ from .store import RESULTS, Store
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = tuple(
     DOCS / f"evidence_{question}.md"
-    for question in ("terms", "relations", "omega", "sizes", "surpassing")
+    for question in ("terms", "relations", "omega", "sizes", "surpassing", "methods")
 )
 NEIGHBOURS = RESULTS / "neighbours.json"
 REAL_PAGE = DOCS / "evidence_real.md"
@@ -473,19 +473,26 @@ def nearest(file: Path) -> Iterator[str]:
             yield ""
 
 
-def main(sources: Sources, tables: Sequence[Table], page: Path) -> int:
+def main(
+    sources: Sources,
+    tables: Sequence[Table],
+    page: Path,
+    others: Mapping[str, Iterable[str]] | None = None,
+) -> int:
     """Write a page anew between its markers.
 
-    What stands between a marker that names other tables than these stays as it is.
+    What stands between a marker that names other tables than these stays as it is. `others` are
+    lines for markers that name no tables.
     """
+    others = {"neighbours": nearest(NEIGHBOURS)} | dict(others or {})
     text = page.read_text(encoding="utf-8")
     begins = list(_BEGIN.finditer(text))
     if not begins or text.count(END) != len(begins):
         raise SystemExit(f"{page}: expected lines '{BEGIN}', and as many '{END}'")
     for begin in reversed(begins):
         mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
-        if begin[1] == "neighbours":
-            written = "\n".join(nearest(NEIGHBOURS)).rstrip("\n")
+        if begin[1] in others:
+            written = "\n".join(others[begin[1]]).rstrip("\n")
         elif mine or len(begins) == 1:
             written = body(sources, mine, page.parent / "images")
         else:

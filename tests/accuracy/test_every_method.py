@@ -1,0 +1,65 @@
+"""One line a method, over all data on which its share was chosen."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.accuracy import report
+from benchmarks.accuracy.equal_tuning import METHODS
+from benchmarks.accuracy.every_method import Compared, compared, every_method
+from benchmarks.accuracy.real import Real
+from benchmarks.accuracy.store import Store
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Alone 10, 20 and 30; PKD +1, +2 and +6 over that, with global knowledge 2 above PKD."""
+    shares = {"defaults": 1.0, "pkd": 0.3} | dict.fromkeys([x for x in METHODS if x != "pkd"], 0.1)
+    of = {key: Real("bccd").equal_tuning(key) for key in ("q2-methods", "q3-methods")}
+    alone = of["q2-methods"].alone("", 1, shares)
+    joined = of["q3-methods"].joined("", 1, shares)
+    store = Store(tmp_path / "cpu", tmp_path)
+    trials = {arm.name: arm.trial for arm in (*alone.arms, *joined.arms)}
+    gains = {
+        "none": (0, 0, 0),
+        "defaults": (1, 1, 1),
+        "pkd, 0.3": (1, 2, 6),
+        "pkd, 0.3 + global": (3, 4, 8),
+    }
+    for name, gain in gains.items():
+        for seed in range(3):
+            scores = dict.fromkeys(report.METRICS, (10 * (seed + 1) + gain[seed]) / 100)
+            store.write(trials[name].at(seed), {"identity": "x", "scores": scores})
+    (tmp_path / "steps_cpu.json").write_text('{"bccd-q2-methods": {"none": 1, "pkd, 0.3": 1.25}}')
+    return Compared("smears", store, alone, joined, shares)
+
+
+def rows(lines):
+    cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {row[0]: row for row in cells}
+
+
+def test_the_table_by_hand(data):
+    found = rows(every_method([data], 3))
+    assert found["none"] == ["none", "", "1.00", "", "20.0", "", ""]
+    assert found["pkd"] == [
+        "pkd", "nothing", "1.25", "0.3", "23.0, +3.0 ± 6.6", "+2.0 ± 6.6", "**+2.0 ± 0.0**"
+    ]  # fmt: skip
+    assert found["defaults"][3:] == ["own weights", "21.0, **+1.0 ± 0.0**", "", ""]
+    assert found["fgd"] == ["fgd", "boxes", "", "0.1", "", "", ""]  # not trained yet
+    assert {"defaults at its best share", *METHODS} < found.keys()
+    assert {line.count("|") for line in every_method([data], 3)} == {8}
+
+
+def test_data_stand_side_by_side(data):
+    other = dataclasses.replace(data, title="boards", store=Store(data.store.results / "no", data))
+    found = rows(every_method([data, other], 3))
+    assert found["pkd"][3:7] == rows(every_method([data], 3))["pkd"][3:]
+    assert {line.count("|") for line in every_method([data, other], 3)} == {12}
+
+
+def test_what_was_tuned_is_compared():
+    assert [x.title for x in compared()][-1] == "bccd"
+    for one in compared():
+        assert set(one.shares) == {"defaults", *METHODS}
+        assert {one.alone.arms[0].name, one.joined.arms[0].name} == {"none"}
