@@ -51,6 +51,16 @@ class EqualTuning:
                 arms.append(Arm(f"{name}, {share:g}", self._taught(self.at_share(name, share))))
         return Table(self.name, title, rank, tuple(arms), seeds=1)
 
+    def shares(self, title: str, rank: int, seeds: int = SEEDS_PER_SPLIT) -> Table:
+        """Global knowledge at its own weights and at each share: how much the choice matters."""
+        arms = self._first()
+        for share in SHARES:
+            trial = self._taught(self.at_share("defaults", share))
+            against = "none", "defaults"
+            arms.append(Arm(f"defaults, {share:g}", trial, against, "defaults at a share", share))
+        axis = "share of the detection gradient"
+        return Table(self.name, title, rank, tuple(arms), axis, seeds)
+
     def alone(
         self, title: str, rank: int, shares: Mapping[str, float], seeds: int = SEEDS_PER_SPLIT
     ) -> Table:

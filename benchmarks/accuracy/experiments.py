@@ -450,6 +450,8 @@ class Scale:
         )
         title = "Every method at three shares of the detection gradient (tuning split)"
         tables = [tuned.tuning(title, 3)]
+        shares = self.equal_tuning("q6-shares", self.student())
+        tables.append(shares.shares("How hard the library's defaults pull", 4, self.seeds))
         if best := BEST.get(self.prefix):
             title = "Every method at its best share"
             alone = self.equal_tuning("q6-methods", self.student())

@@ -176,6 +176,7 @@ class Real:
                 )
                 for key, (title, rank, kinds) in tables.items()
             ),
+            self.equal_tuning("q1-shares").shares("How hard the defaults pull", 2),
             self._mislabelled(),
         ]
 

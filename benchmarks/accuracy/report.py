@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -339,8 +340,8 @@ def draw_lines(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
             plot.plot(x, [points[i][seed] for i in x], color=color, alpha=0.3, linewidth=1)
         means = [mean(points[i][seed] for seed in seeds) for i in x]
         plot.plot(x, means, "o-", color=color, label=f"{line} (n = {len(seeds)})")
-    for name, level in across.items():
-        plot.axhline(mean(level.values()), color="black", linestyle="--", label=name)
+    for style, (name, level) in zip(itertools.cycle(("--", ":", "-.")), across.items()):
+        plot.axhline(mean(level.values()), color="black", linestyle=style, label=name)
     plot.set_xscale("log")
     ticks = sorted({x for points in lines.values() for x in points})
     plot.set_xticks(ticks, [f"{x:g}" for x in ticks])
