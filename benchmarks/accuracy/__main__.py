@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         ("steps", "how long a step of each arm takes beside one without distillation"),
         ("report", "tables and plots of docs/evidence_*.md"),
         ("gradients", "how large each term's gradient is beside that of the detection losses"),
+        ("pull", "the same of the library's own weights, at the start of a training"),
         ("neighbours", "how often what is nearest in a teacher's space has the right class"),
     ):
         command = commands.add_parser(name, help=what, description=what)
@@ -60,11 +61,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--quick", action="store_true", help=f"tiny trainings to see that it works, in {QUICK}"
         )
-        if name in ("run", "steps", "neighbours"):
+        if name in ("run", "steps", "pull", "neighbours"):
             command.add_argument(
                 "--root", type=Path, help="a checkout of the repository that holds the pictures"
             )
-        if name in ("run", "steps", "gradients", "neighbours"):
+        if name in ("run", "steps", "gradients", "pull", "neighbours"):
             command.add_argument("--cache", type=Path, default=storage.cache_folder() / "accuracy")
         if name == "neighbours":
             command.add_argument(
@@ -130,7 +131,12 @@ def main(words: Sequence[str] | None = None) -> int:
         pages = pages if args.page is None else (args.page,)
         tables, seeds = matching(tables, args.only), args.seeds or SEEDS
         return max(
-            report.main(sources, tables, page, {"methods": every_method(compared(), seeds)})
+            report.main(
+                sources,
+                tables,
+                page,
+                {"methods": every_method(compared(), seeds), "pull": gradients.pulls()},
+            )
             for page in pages
         )
     tables = GRIDS[args.grid or GRID[args.device]] if digits else REAL[args.data]
@@ -142,6 +148,13 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     if args.name == "gradients":
         gradients.write(store)
+        return 0
+    if args.name == "pull":
+        arms = (arm for table in tables for arm in table.arms)
+        trial = next(arm.trial for arm in arms if arm.name in ("defaults", "the library's"))
+        gradients.write_pull(
+            args.data, [trial.at(seed) for seed in range(args.seeds or SEEDS)], store
+        )
         return 0
     if args.name == "steps":
         return write_steps(matching(tables, args.only), store, args.device)

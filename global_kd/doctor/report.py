@@ -34,12 +34,15 @@ class Term:
         value: With its weight and schedule.
         share: In units of the detection loss, where that is known.
         gradient: Norm of its gradient on the student's parameters.
+        pull: Norm of its gradient on the student's feature maps, in units of the detection loss's,
+            where that is known: what :meth:`global_kd.Distiller.calibrate` sets.
         reached: For each child of the student: parameters with a gradient, and all of them.
     """
 
     value: float
     share: float | None
     gradient: float
+    pull: float | None
     reached: dict[str, tuple[int, int]]
 
 
@@ -73,10 +76,10 @@ class Report:
             sides = [x.student_path, mine, x.teacher_path, theirs]
             shown.append([f"{x.stride:g}", *sides, x.adapter, str(x.boxes)])
         parts = [table(shown)]
-        shown = [["term", "value", "/ detection", "gradient"]]
+        shown = [["term", "value", "/ detection", "gradient", "share on maps"]]
         for name, t in self.terms.items():
-            share = "-" if t.share is None else f"{t.share:.3g}"
-            shown.append([name, f"{t.value:.4g}", share, f"{t.gradient:.3g}"])
+            share, pull = ("-" if x is None else f"{x:.3g}" for x in (t.share, t.pull))
+            shown.append([name, f"{t.value:.4g}", share, f"{t.gradient:.3g}", pull])
         parts.append(table(shown))
         children = list(dict.fromkeys(c for t in self.terms.values() for c in t.reached))
         shown = [["gradient reaches", *self.terms]]

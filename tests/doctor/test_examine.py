@@ -132,6 +132,25 @@ def test_the_loss_of_a_home_made_detector_can_be_given():
             assert term.share == pytest.approx(term.value / detection.value)
 
 
+def test_how_hard_terms_pull_is_what_calibrate_measures():
+    _, _, kd = home_made(foreground=30.0, background=1e-3)
+
+    def loss(model):  # small beside a constant: values do not tell who pulls
+        return sum(x.mean() for x in model(IMAGES)) + 1e4
+
+    report = kd.check(IMAGES, TARGETS, detection_loss=loss, verbose=False)
+    shares = kd.calibrate(IMAGES, TARGETS, share={}, detection_loss=loss, verbose=False).shares
+    assert report.terms["detection"].pull is None and "share on maps" in str(report)
+    for name in report.terms.keys() - {"detection"}:
+        assert report.terms[name].pull == pytest.approx(shares[name].measured, rel=1e-5)
+    assert shares["kd_foreground"].measured > 10 > report.terms["kd_foreground"].share
+    (told,) = (x for x in report.problems if "pulls at the student's maps" in x)
+    times = shares["kd_foreground"].measured
+    assert told.startswith(f"kd_foreground pulls at the student's maps with {times:.1f} times")
+    unknown = kd.check(IMAGES, TARGETS, verbose=False).terms
+    assert all(term.pull is None for term in unknown.values())
+
+
 def test_optimizer_mistakes():
     student, teacher, kd = home_made()
     sgd = torch.optim.SGD
