@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _check, arguments
 from .asked import OF_TRUTH, Asked
-from .detectors import Look, Pixels, ReadHead, Seen, reader
+from .detectors import Look, ModuleDetector, Pixels, ReadHead, Seen, reader
 from .doctor import Alarm, Calibration, FindObjects, HeldShares, Report, Setup, Watch, examine
 from .hooks import FeatureTap, evaluating
 from .losses.base import DistillLoss, Levels
@@ -36,6 +36,11 @@ class Distiller(nn.Module):
         teacher: The trained detector, of the same framework or another. Compile in place what runs
             of it (``teacher.backbone.compile()``): the wrapper of ``torch.compile`` is taken off.
         losses: What to distil: one loss or several; levels and channels are found in one dry pass.
+        share: The first training call sets the weights, so that each term pulls with this share of
+            the detection loss's gradient, as :meth:`calibrate` does: one for all terms, or by term.
+            ``None``: the losses' own weights, which were chosen for other data. A term that is
+            calibrated otherwise, or was resumed, keeps its weight. Not for students of no known
+            framework, nor for FSDP2.
         student_path: Module that puts out the student's pyramid; not needed for detectors of a
             framework known here (docs/detectors.md lists them).
         teacher_path: Likewise.
@@ -93,6 +98,7 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         losses: DistillLoss | Iterable[DistillLoss],
         *,
+        share: float | Mapping[str, float] | None = None,
         student_path: str | None = None,
         teacher_path: str | None = None,
         example_inputs: Sequence[Any] | None = None,
@@ -138,6 +144,9 @@ class Distiller(nn.Module):
             strides = tuple(self._pair.strides[0][i] for i in self._pair.levels[0])
             for loss in named.values():
                 loss.build(Levels(*self._pair.channels, strides, mine.activation, mine.family))
+            self._held = HeldShares()
+            if share is not None:
+                self._held.set_at_first(share, named, known=not isinstance(mine, ModuleDetector))
             undo.pop_all()
         others = any(loss.active and "omega" in self._asked[name] for name, loss in named.items())
         for loss in named.values():
@@ -150,7 +159,6 @@ class Distiller(nn.Module):
             moving = moving_teacher
             self._passes = Passes(keeper.generator, bank, strides, refresh, moving=moving)
         self._tap = FeatureTap(student, self._pair.taps(self._asked.by_all), inputs=mine.inputs)
-        self._held = HeldShares()
         self._alarm, self._watch = Alarm(), Watch(self._models[0], named, [*mine.taps.values()])
 
     @property
@@ -195,8 +203,8 @@ class Distiller(nn.Module):
         facts, call = self._asked.by(active), self._tap.call
         with self._pair.teaching():
             seen = self._pair.read(self._tap, images, targets, facts)
-            if self.training and self._held.due(dict(self._each())):
-                self._held.hold(self._setup(), images, targets)
+            if self.training:
+                self._held.before_step(self._setup(), images, targets)
             with torch.no_grad():
                 looked = self._pair.look(seen.look.view)
             if self._watch.steps == 0:
@@ -237,6 +245,12 @@ class Distiller(nn.Module):
                     f"{type(loss).__name__} needs {', '.join(sorted(truth))}; make a Distiller of "
                     "the others for unlabelled images"
                 )
+        if self._held.missing(dict(self._each())):
+            raise ValueError(
+                "share: expected None with distil, since without ground truth there is no "
+                "detection loss to measure, but got a share; call kd.calibrate(images, targets) "
+                "on a batch with it"
+            )
         active = {name: loss for name, loss in self._each() if loss.active}
         if not active:
             return {}
@@ -324,15 +338,19 @@ class Distiller(nn.Module):
         Example:
             >>> kd.check(images, targets, optimizer=optimizer)  # doctest: +SKIP
         """
-        report = examine(
-            self._setup(),
-            images,
-            targets,
-            nothing_distilled=self.nothing_distilled,
-            optimizer=optimizer,
-            detection_loss=detection_loss,
-            detections=detections,
-        )
+        setup = self._setup()
+        with self._held.as_in_the_first_step(setup, images, targets):
+            report = examine(
+                setup,
+                images,
+                targets,
+                nothing_distilled=self.nothing_distilled,
+                optimizer=optimizer,
+                detection_loss=detection_loss,
+                detections=detections,
+            )
+        if self._held.missing(setup.losses):
+            report.facts.append("weights: as share= would set them on this batch")
         if verbose:
             print(report)
         return report

@@ -1,8 +1,9 @@
-"""Shares of the detection loss's gradient that are held while a student trains."""
+"""Shares of the detection loss's gradient: set in the first step, held while a student trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from ..prototypes.passes import first_batches
 from .calibration import Calibration, calibrate, measure, weights_for
 from .trial import DetectionLoss, Setup
 
+_PATIENCE = 20  # calls in which a term may have its first gradient, as one of boxes in a batch
+
 
 class HeldShares:
-    """What is wanted, and how often it is looked at.
+    """What is wanted, and when it is looked at.
 
     Attributes:
+        first: By term: the share that the first training calls give it, unless it was calibrated.
         every: Training calls between two looks; ``None``: never.
         band: A share that is off by no more than this part of it stays.
         wanted: By term.
     """
 
     def __init__(self) -> None:
+        self.first: dict[str, float] = {}
         self.every: int | None = None
         self.band = 0.0
         self.wanted: dict[str, float] = {}
@@ -47,11 +52,7 @@ class HeldShares:
 
         See :meth:`global_kd.Distiller.calibrate`.
         """
-        names = [name for loss in setup.losses.values() for name in loss.term_names]
-        for name, value in share.items() if isinstance(share, Mapping) else [("share", share)]:
-            if isinstance(share, Mapping):
-                _check.one_of("share", name, names)
-            _check.positive("share", value)
+        wanted = _by_term(share, setup.losses)
         if (images is None) == (loader is None):
             raise ValueError(
                 "calibrate: expected a batch (images, targets), or loader=..., but got "
@@ -69,14 +70,62 @@ class HeldShares:
             given = first_batches(loader, batches, next(student.parameters()).device)
         calibration = calibrate(setup, given, share, detection_loss)
         self.every, self.band = every, band
-        wanted = share if isinstance(share, Mapping) else dict.fromkeys(names, share)
-        self.wanted = dict(wanted) if every is not None else {}
+        self.wanted = wanted if every is not None else {}
         return calibration
+
+    def set_at_first(
+        self, share: float | Mapping[str, float], losses: Mapping[str, DistillLoss], *, known: bool
+    ) -> None:
+        """Calibrate in the first training calls; the detector's own loss must be `known`."""
+        self.first = _by_term(share, losses)
+        if not known:
+            raise ValueError(
+                "share: expected None for a student of no known framework, whose own loss is not "
+                "known here, but got a share; call kd.calibrate(..., detection_loss=...) before "
+                "the first step"
+            )
+
+    def missing(self, losses: Mapping[str, DistillLoss]) -> dict[str, float]:
+        """By term, the shares that the call to come is to set."""
+        if not self.first or max(loss.step for loss in losses.values()) >= _PATIENCE:
+            return {}
+        done = {loss.term_name(x) for loss in losses.values() for x in loss.calibrated}
+        return {name: share for name, share in self.first.items() if name not in done}
+
+    def before_step(self, setup: Setup, images: Any, targets: Any) -> None:
+        """Set or bring back weights, where the training call to come is one to look at."""
+        if not torch.is_grad_enabled():
+            return
+        if missing := self.missing(setup.losses):
+            if sharded_modules(setup.pair.models[0]):
+                raise ValueError(
+                    "share: expected None with FSDP2, which allows no second forward before the "
+                    "backward; call kd.calibrate(images, targets) before the first step"
+                )
+            weights_for(setup.losses, [measure(setup, images, targets)], missing)
+        elif self.due(setup.losses):
+            self.hold(setup, images, targets)
+
+    @contextmanager
+    def as_in_the_first_step(self, setup: Setup, images: Any, targets: Any) -> Iterator[None]:
+        """Within, weights are those that a first step with this batch would set."""
+        if not (missing := self.missing(setup.losses)):
+            yield
+            return
+        losses = setup.losses.values()
+        before = [(dict(loss.weights), loss.get_extra_state()) for loss in losses]
+        try:
+            weights_for(setup.losses, [measure(setup, images, targets)], missing)
+            yield
+        finally:
+            for loss, (weights, state) in zip(losses, before, strict=True):
+                loss.set_extra_state(state)
+                loss.weights.update(weights)
 
     def due(self, losses: Mapping[str, DistillLoss]) -> bool:
         """Whether the step that comes is one at which to look."""
         step = max(loss.step for loss in losses.values())
-        return bool(self.every and step and step % self.every == 0 and torch.is_grad_enabled())
+        return bool(self.every and step and step % self.every == 0)
 
     def hold(self, setup: Setup, images: Any, targets: Any) -> Calibration:
         """Look at a batch, and bring back the weights of terms whose share has left its band."""
@@ -100,6 +149,18 @@ class HeldShares:
             )
         self.every, self.band = int(every) or None, band
         self.wanted = {name: x for name, x in zip(names, wanted, strict=True) if x >= 0}
+
+
+def _by_term(
+    share: float | Mapping[str, float], losses: Mapping[str, DistillLoss]
+) -> dict[str, float]:
+    """Checked."""
+    names = [name for loss in losses.values() for name in loss.term_names]
+    for name, value in share.items() if isinstance(share, Mapping) else [("share", share)]:
+        if isinstance(share, Mapping):
+            _check.one_of("share", name, names)
+        _check.positive("share", value)
+    return dict(share) if isinstance(share, Mapping) else dict.fromkeys(names, share)
 
 
 def _may_hold(student: nn.Module, every: int | None, band: float, detection_loss: Any) -> None:

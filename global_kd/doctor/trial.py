@@ -95,7 +95,8 @@ def trial(
                 raise ValueError(
                     "detection_loss: expected a function model -> scalar, the detector's own "
                     f"training loss on this batch, since that of {type(student).__name__} is not "
-                    "known here, but got None"
+                    "known here, but got None; call kd.calibrate(..., detection_loss=...), and "
+                    "leave out share= if the Distiller was given one"
                 )
             seen = setup.pair.read(setup.tap, images, targets, setup.facts)
             with torch.no_grad():

@@ -106,6 +106,11 @@ class WeightedTerms(nn.Module):
             self.weights[part] = float(usual.get(part, 1.0) if weight is None else weight)
         self.weights |= self._calibrated  # a state was loaded before it was built
 
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """Parts whose weights :meth:`calibrate` has fixed."""
+        return frozenset(self._calibrated)
+
     def calibrate(self, weights: Mapping[str, float]) -> None:
         """Fix the weights of some parts, by part; they are kept in ``state_dict``."""
         for part, weight in weights.items():

@@ -10,7 +10,7 @@ from detectron2.engine import DefaultTrainer
 from torch import nn
 
 from ..distiller import Distiller
-from .losses import Losses, losses_for
+from .losses import Losses, Share, losses_for
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -27,7 +27,8 @@ class DistillationTrainer(DefaultTrainer):
         losses: What to distil: one loss or several; ``None``: global knowledge with its defaults,
             with new prototypes every ``refresh_every`` iterations.
         refresh_every: See above.
-        distiller: Makes the :class:`global_kd.Distiller` of a student, in place of the three above.
+        share: Of the :class:`global_kd.Distiller`.
+        distiller: Makes the :class:`global_kd.Distiller` of a student, in place of the four above.
     """
 
     model: Any  # Detectron2's property
@@ -39,10 +40,11 @@ class DistillationTrainer(DefaultTrainer):
         losses: Losses = None,
         *,
         refresh_every: int = 1000,
+        share: Share = None,
         distiller: Callable[[nn.Module], Distiller] | None = None,
     ) -> None:
         self._teacher, self._losses, self._refresh_every = teacher, losses, refresh_every
-        self._make = distiller
+        self._share, self._make = share, distiller
         self.kd: Distiller | None = None
         super().__init__(cfg)
         if self.kd is not None:
@@ -56,7 +58,7 @@ class DistillationTrainer(DefaultTrainer):
         steps, classes = cfg.SOLVER.MAX_ITER, num_classes(cfg)
         named = losses_for(self._losses, classes, steps, self._refresh_every)
         device = next(model.parameters()).device
-        return Distiller(model, self._teacher.to(device), named)
+        return Distiller(model, self._teacher.to(device), named, share=self._share)
 
     def build_optimizer(self, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)

@@ -27,7 +27,7 @@ class Distillation(Callback):
         losses: What to distil: one loss or several; ``None``: global knowledge with its defaults.
         batch: Turns a batch into what :meth:`global_kd.Distiller.forward` takes, a tuple; by
             default a pair is taken apart and anything else passed on whole.
-        **options: Of the :class:`global_kd.Distiller`.
+        **options: Of the :class:`global_kd.Distiller`, such as ``share=0.3``.
 
     Example:
         >>> callback = Distillation("model", teacher, losses=[FGD()])  # doctest: +SKIP

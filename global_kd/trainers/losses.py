@@ -1,11 +1,12 @@
 """What a trainer distils where the user names no loss, and how long the training will be."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..losses.base import DistillLoss
 from ..losses.global_knowledge import GlobalKnowledgeLoss
 
 Losses = DistillLoss | Iterable[DistillLoss] | None
+Share = float | Mapping[str, float] | None  # see the Distiller
 
 
 def losses_for(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..distiller import Distiller
-from .losses import Losses, losses_for
+from .losses import Losses, Share, losses_for
 
 _FILE = "kd.pt"
 
@@ -26,18 +26,24 @@ class DistillationTrainer(Trainer):
         *args: Of transformers' ``Trainer``.
         teacher: A detector, of any framework.
         losses: What to distil: one loss or several; ``None``: global knowledge with its defaults.
+        share: Of the :class:`global_kd.Distiller`.
         **kwargs: Of transformers' ``Trainer``.
 
     Example:
         >>> trainer = DistillationTrainer(
-        ...     student, arguments, teacher=teacher, losses=[BCKD()], train_dataset=data
+        ...     student, arguments, teacher=teacher, share=0.3, train_dataset=data
         ... )  # doctest: +SKIP
     """
 
     model: Any
 
     def __init__(
-        self, *args: Any, teacher: nn.Module, losses: Losses = None, **kwargs: Any
+        self,
+        *args: Any,
+        teacher: nn.Module,
+        losses: Losses = None,
+        share: Share = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         steps = max(1, len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
@@ -46,7 +52,7 @@ class DistillationTrainer(Trainer):
             total = int(steps * self.args.num_train_epochs)
         total *= self.args.gradient_accumulation_steps  # calls, not updates
         named = losses_for(losses, self.model.config.num_labels, total, min(steps, total))
-        self.kd = Distiller(self.model, teacher.to(self.args.device), named)
+        self.kd = Distiller(self.model, teacher.to(self.args.device), named, share=share)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: Any = super().create_optimizer(*args, **kwargs)

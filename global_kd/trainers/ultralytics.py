@@ -10,7 +10,7 @@ from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from ..distiller import Distiller
-from .losses import Losses, losses_for
+from .losses import Losses, Share, losses_for
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -33,24 +33,26 @@ class DistillationTrainer(DetectionTrainer):
         losses: What to distil: one loss or several, or a function that makes them (each training
             needs new ones; in the body of a class write ``@staticmethod``); ``None``: global
             knowledge with its defaults.
+        share: Of the :class:`global_kd.Distiller`.
 
     Example:
-        >>> trainer = DistillationTrainer.of("yolo11x.pt", PKD)  # doctest: +SKIP
+        >>> trainer = DistillationTrainer.of("yolo11x.pt", share=0.3)  # doctest: +SKIP
         >>> YOLO("yolo11n.pt").train(trainer=trainer, data="coco.yaml")  # doctest: +SKIP
     """
 
     teacher: Any = None
     losses: Any = None
+    share: Share = None
     kd: Distiller
     loss_names: Any
     _adding = False
 
     @classmethod
-    def of(cls, teacher: Any, losses: Any = None) -> type[DistillationTrainer]:
+    def of(cls, teacher: Any, losses: Any = None, share: Share = None) -> type[DistillationTrainer]:
         """A trainer with this teacher and these losses, for ``train(trainer=...)``."""
         function = callable(losses) and not isinstance(losses, nn.Module)
         given = staticmethod(losses) if function else losses  # else it would become a method
-        return type(cls.__name__, (cls,), {"teacher": teacher, "losses": given})
+        return type(cls.__name__, (cls,), {"teacher": teacher, "losses": given, "share": share})
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.args.compile:
@@ -68,7 +70,7 @@ class DistillationTrainer(DetectionTrainer):
         make = self.losses
         losses: Losses = make() if callable(make) and not isinstance(make, nn.Module) else make
         named = losses_for(losses, self.data["nc"], self.epochs * steps, steps)
-        self.kd = Distiller(model, teacher.to(self.device), named)
+        self.kd = Distiller(model, teacher.to(self.device), named, share=self.share)
         if adapters := list(self.kd.parameters()):
             like = [g for g in optimizer.param_groups if g["param_group"] == "bn"][-1]
             optimizer.add_param_group({**like, "params": adapters})

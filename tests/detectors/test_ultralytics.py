@@ -428,6 +428,7 @@ def test_the_trainer_of_the_documentation(data_set):
 
     class Trainer(DistillationTrainer):
         teacher = str(data_set / "teacher.pt")
+        share = 0.3
 
         @staticmethod
         def losses():
@@ -466,6 +467,7 @@ def test_the_trainer_of_the_documentation(data_set):
     assert len(steps) > done
     assert all(moved)
     assert yolo.trainer.kd.loss.progress == 1
+    assert {"foreground", "background", "logits"} <= yolo.trainer.kd.loss.calibrated
     loads_alone(last)
     header = (last.parents[1] / "results.csv").read_text().splitlines()[0]
     assert "train/kd_foreground" in header

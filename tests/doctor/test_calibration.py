@@ -158,6 +158,117 @@ def test_held_shares_resume_bit_for_bit():
         other.set_extra_state(kd.get_extra_state())
 
 
+def with_share(share, kind="retinanet", **options):
+    torch.manual_seed(8)
+    student, teacher = detector(kind, 8), detector(kind, 12)
+    losses = [small_loss(4, refresh_every=None), PKD(**options)]
+    kd = Distiller(student, teacher, losses, share=share)
+    kd.refresh([scenes(seed=3)], progress=False)
+    return student, kd
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "fcos"])
+def test_the_first_step_sets_the_weights_that_calibrate_would_set(kind):
+    student, kd = with_share(0.3, kind)
+    other = copy.deepcopy(student.state_dict())
+    own = {name: dict(loss.weights) for name, loss in kd.losses.items()}
+    torch.manual_seed(0)
+    student(*scenes())
+    torch.manual_seed(1)
+    terms = kd(*scenes())
+    set_now = {name: dict(loss.weights) for name, loss in kd.losses.items()}
+    student(*scenes(seed=1))
+    kd(*scenes(seed=1))
+    assert {name: loss.weights for name, loss in kd.losses.items()} == set_now != own
+    student, plain = with_share(None, kind)
+    student.load_state_dict(other)
+    torch.manual_seed(0)
+    student(*scenes())
+    torch.manual_seed(1)
+    plain.calibrate(*scenes(), share=0.3, verbose=False)
+    assert {name: loss.weights for name, loss in plain.losses.items()} == set_now
+    assert all(float(x.detach()) > 0 for x in terms.values())
+
+
+def test_evaluations_and_what_is_calibrated_set_no_weight():
+    student, kd = with_share(0.3)
+    own = dict(kd.losses["pkd"].weights)
+    with torch.no_grad():
+        student(*scenes())
+        kd(*scenes())
+    kd.eval()
+    student(*scenes())
+    kd(*scenes())
+    assert kd.losses["pkd"].weights == own
+    kd.train()
+    kd.losses["pkd"].calibrate({"": 0.125})
+    student, kd2 = with_share({"kd_pkd": 0.3, "kd_background": 0.2})
+    before = dict(kd2.losses["global_knowledge"].weights)
+    student(*scenes())
+    kd2(*scenes())
+    after = kd2.losses["global_knowledge"].weights
+    assert {k for k in before if before[k] != after[k]} == {"background"}
+    state = copy.deepcopy(kd2.state_dict())
+    student, kd3 = with_share(0.9)
+    kd3.load_state_dict(state)  # a run that goes on keeps its weights
+    student(*scenes(seed=5))
+    kd3(*scenes(seed=5))
+    assert kd3.losses["pkd"].weights == kd2.losses["pkd"].weights
+
+
+def test_a_term_without_a_gradient_waits_for_its_first():
+    student, kd = with_share(0.3)
+    images, targets = scenes()
+    none = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * len(
+        targets
+    )
+    usual = dict(kd.losses["global_knowledge"].weights)
+    for _ in range(2):
+        student(images, none)
+        kd(images, none)
+    weights = dict(kd.losses["global_knowledge"].weights)
+    assert weights["foreground"] == usual["foreground"]
+    assert weights["background"] != usual["background"]
+    student(images, targets)
+    kd(images, targets)
+    last = kd.losses["global_knowledge"].weights
+    assert last["foreground"] != usual["foreground"]
+    assert last["background"] == weights["background"]
+
+
+def test_a_check_before_the_first_step_shows_it_and_changes_nothing():
+    student, kd = with_share(0.3, "faster_rcnn")
+    before = copy.deepcopy([x.weights for x in kd.losses.values()]), kd.state_dict()
+    report = kd.check(*scenes(), verbose=False)
+    for name, term in report.terms.items():
+        if name != "detection":
+            assert term.pull == pytest.approx(0.3, rel=0.02), name
+    assert "weights: as share= would set them on this batch" in report.facts
+    assert [x.weights for x in kd.losses.values()] == before[0]
+    again = kd.state_dict()
+    assert all(torch.equal(x, again[key]) for key, x in before[1].items())
+    student(*scenes())
+    kd(*scenes())
+    assert "weights: as share= would" not in " ".join(kd.check(*scenes(), verbose=False).facts)
+
+
+def test_a_share_that_cannot_be_set_is_refused():
+    student, teacher = Detector(4), Detector(9)
+    with pytest.raises(ValueError, match="share: expected None for a student of no known framew"):
+        Distiller(student, teacher, PKD(), share=0.3, example_inputs=(IMAGES,))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    for share, message in (
+        (0.0, "share: expected a number > 0"),
+        ({"kd_fgd": 1.0}, "share: expected one of .* but got 'kd_fgd'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_share(share)
+    torch.manual_seed(0)
+    kd = Distiller(detector("retinanet", 8), detector("retinanet", 12), PKD(), share=0.3)
+    with pytest.raises(ValueError, match="share: expected None with distil"):
+        kd.distil(scenes()[0])
+
+
 def test_a_home_made_detector_says_what_it_minimises():
     student = Detector(4)
     kd = Distiller(student, Detector(9), PKD(), example_inputs=(IMAGES,))

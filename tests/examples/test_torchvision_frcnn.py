@@ -168,6 +168,23 @@ def test_a_short_training_renews_its_prototypes_all_the_same():
         assert knowledge(args, iterations).refresh_every == wanted
 
 
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("", None),  # digit scenes, for which the weights were chosen
+        ("--share 0.2", 0.2),
+        ("--data voc --root .", 1.0),
+        ("--train a --validation b", 1.0),
+        ("--train a --validation b --share 0", None),
+        ("--train a --validation b --share 0.3", 0.3),
+        ("--train a --validation b --logits 2", None),
+        ("--train a --validation b --method gk+pkd", None),
+    ],
+)
+def test_on_other_data_weights_are_set_by_their_share(words, share):
+    assert parse(words.split()).share == share
+
+
 def test_every_method_of_the_docs_has_a_name():
     from workshop.methods import known_methods
 
@@ -335,7 +352,7 @@ class TestErrors:
             ("--method dicod", "dicod needs a classifier, which only Python can give it"),
             ("--method detrdistill", "--method detrdistill: losses: DETRDistill needs queries"),
             ("--method pkd --prototype-images 9", "--prototype-images needs gk in --method"),
-            ("--share 0", "--share must be greater than 0"),
+            ("--share -1", "--share must not be less than 0"),
             ("--train {tmp}", "--train and --validation belong together"),
             ("--train {tmp}/a {tmp}/b --validation {tmp} {tmp}", r"There is no .*/a\.$"),
             ("--train {tmp} --validation {tmp}", "There is no XML file in"),

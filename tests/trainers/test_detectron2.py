@@ -11,7 +11,7 @@ from global_kd.trainers.detectron2 import DistillationTrainer, num_classes  # no
 from ..detectors.test_detectron2 import batch, detector, tiny_config  # noqa: E402
 
 
-def trainer(folder, losses, steps=4):
+def trainer(folder, losses, steps=4, share=None):
     torch.manual_seed(0)
     cfg = tiny_config("faster")
     cfg.OUTPUT_DIR = str(folder)
@@ -27,7 +27,7 @@ def trainer(folder, losses, steps=4):
         def build_train_loader(cls, cfg):
             return [batch("faster")] * 100
 
-    return Trainer(cfg, detector("faster"), losses)
+    return Trainer(cfg, detector("faster"), losses, share=share)
 
 
 def numbers(trainer):
@@ -48,6 +48,13 @@ def test_it_trains_stops_and_goes_on(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(numbers(it), numbers(later)))
     later.train()
     assert later.kd.loss.step == 6
+
+
+def test_a_share_sets_the_weights_once(tmp_path):
+    it = trainer(tmp_path, PKD(), share=1e-3)
+    own = it.kd.loss.weights[""]
+    it.train()
+    assert it.kd.loss.weights[""] != own and it.kd.loss.calibrated
 
 
 def test_without_a_loss_it_is_global_knowledge(tmp_path):

@@ -110,6 +110,12 @@ def test_calls_are_counted_where_gradients_accumulate(tmp_path):
     assert callback.kd.loss.step == callback.kd.loss.total_steps == 6
 
 
+def test_options_reach_the_distiller(tmp_path):
+    options = {"losses": PKD(), "example_inputs": (IMAGES,), "share": 0.3}
+    with pytest.raises(ValueError, match="share: expected None for a student of no known"):
+        fit(tmp_path, 1, Distillation("model", Detector(9), **options))
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="num_classes: expected the number of classes"):
         Distillation("model", Detector(9))

@@ -21,7 +21,7 @@ def collate(items):
     return {"pixel_values": values, "labels": [dict(x["labels"]) for x in items]}
 
 
-def trainer(folder, losses=None, steps=4, name="rt_detr"):
+def trainer(folder, losses=None, steps=4, name="rt_detr", share=None):
     torch.manual_seed(0)
     batch = batch_of(name)
     items = [
@@ -45,6 +45,7 @@ def trainer(folder, losses=None, steps=4, name="rt_detr"):
         data_collator=collate,
         teacher=detector(name),
         losses=losses,
+        share=share,
     )
 
 
@@ -63,6 +64,17 @@ def test_it_stops_and_goes_on(tmp_path):
     later.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     # Weights read from a file lie in memory otherwise, and convolutions round otherwise.
     torch.testing.assert_close(numbers(whole), numbers(later), rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_sets_the_weights_once(tmp_path):
+    it = trainer(tmp_path, PKD(), share=1e-3)
+    own = it.kd.loss.weights[""]
+    it.train()
+    found = it.kd.loss.weights[""]
+    assert found != own and it.kd.loss.calibrated
+    later = trainer(tmp_path, PKD(), share=1e-3)
+    later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert later.kd.loss.weights[""] == found
 
 
 def test_checkpoints_hold_the_student_alone(tmp_path):
