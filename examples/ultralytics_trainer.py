@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     YOLO(given.student).train(
-        trainer=DistillationTrainer.of(given.teacher),  # global knowledge; or .of(teacher, losses)
+        # Global knowledge, each term as strong as YOLO's own loss; losses= names other methods.
+        trainer=DistillationTrainer.of(given.teacher, share=1.0),
         data=given.data,
         epochs=given.epochs,
         imgsz=given.imgsz,

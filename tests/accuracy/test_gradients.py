@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import gradients
+from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.experiments import REDUCED
 from benchmarks.accuracy.gradients import START, length, measure
 from benchmarks.accuracy.perform import build
@@ -32,3 +33,22 @@ def test_ratios_are_in_units_of_the_detection_losses(monkeypatch):
     found = gradients.ratios(START, REDUCED.method("all"), None)
     names = ("kd_foreground", "kd_background", "kd_relation", "kd_logits")
     assert found == dict.fromkeys(names, 0.5)
+
+
+def test_how_hard_the_own_weights_pull(monkeypatch, tmp_path):
+    """Means over seeds, kept beside what is known of other data, and their sum."""
+    found = iter(
+        [{"kd_foreground": 0.1, "kd_logits": 6.0}, {"kd_foreground": 0.3, "kd_logits": 7.0}]
+    )
+    monkeypatch.setattr(gradients, "PULL", tmp_path / "pull.json")
+    monkeypatch.setattr(gradients, "pull", lambda trial, store: next(found))
+    gradients.PULL.write_text('{"bccd": {"seeds": 1, "shares": {"kd_logits": 2.0}}}')
+    gradients.write_pull("cards", [START.at(0), START.at(1)], None)
+    lines = list(gradients.pulls())
+    assert lines[0] == "| data | seeds | kd_logits | kd_foreground | sum |"
+    assert lines[2:] == ["| bccd | 1 | 2.00 |  | 2.00 |", "| cards | 2 | 6.50 | 0.20 | 6.70 |"]
+
+
+def test_without_the_teacher_it_says_what_to_train(tmp_path):
+    with pytest.raises(SystemExit, match="Train the teacher .* first"):
+        main(["pull", "--quick", "--cache", str(tmp_path), "--results", str(tmp_path)])
