@@ -54,7 +54,7 @@ def train(
             refresh_every=max(1, steps // 10),  # a few times in the training: often once an epoch
             min_side=10,  # objects are small here: the default leaves out those under 15 px
         )
-        kd = Distiller(student, teacher, loss)
+        kd = Distiller(student, teacher, loss, share=1.0)  # each term as strong as its own loss
     parameters = [*student.parameters(), *([] if kd is None else kd.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
