@@ -23,7 +23,7 @@ from global_kd import PAPER
 from workshop.small_detectors import SIZES, Size
 
 from .declaration import CLASSES, Arm, Method, Others, Pictures, Table, Trial
-from .equal_tuning import METHODS, EqualTuning
+from .equal_tuning import BEYOND, METHODS, EqualTuning
 from .pretrained import Pretrained
 
 # Of nine of ten boxes and of most of each class the shorter side is longer than `min_side` px;
@@ -161,13 +161,13 @@ class Real:
             ),
         }
         share = Arm(
-            "defaults, 1", self.taught(base, self.equal_tuning("q1").at_share("defaults", 1.0))
+            "defaults, 3", self.taught(base, self.equal_tuning("q1").at_share("defaults", BEYOND))
         )
-        alone_longer = [Arm("none, 1.5 times as long", longer, ("none", "defaults", "defaults, 1"))]
+        alone_longer = [Arm("none, 1.5 times as long", longer, ("none", "defaults", "defaults, 3"))]
         if (times := EQUAL_TIME.get(self.source)) is not None:
             name = f"none, {times:g} times as long"
             longest = self.longer(base, times)
-            alone_longer.append(Arm(name, longest, ("none", "defaults", "defaults, 1")))
+            alone_longer.append(Arm(name, longest, ("none", "defaults", "defaults, 3")))
         return [
             Table(
                 f"{self.source}-q1-time",
