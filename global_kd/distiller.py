@@ -436,13 +436,13 @@ class Distiller(nn.Module):
     def telemetry(self, detection_loss: Tensor | float | None = None) -> dict[str, float]:
         """Plain numbers for TensorBoard: see :meth:`global_kd.GlobalKnowledgeLoss.telemetry`.
 
-        Where shares are held, also ``weight/<name>`` of the terms.
+        Where shares are set or held, also ``weight/<name>`` of the terms.
         """
         numbers: dict[str, float] = {}
         for _, loss in self._each():
             numbers |= loss.telemetry(detection_loss)
             for part, weight in loss.weights.items():
-                if (name := loss.term_name(part)) in self._held.wanted:
+                if (name := loss.term_name(part)) in self._held.first | self._held.wanted:
                     numbers[f"weight/{name}"] = weight
         return numbers
 

@@ -21,7 +21,7 @@ from .trial import DetectionLoss, Setup, gradients, norm, trial
 _BYSTANDER = 1e-3  # a term below this share of the detection loss changes nothing
 _TYRANT = 10.0  # a term above this many detection losses leaves them no say
 # The same of gradients on the maps. Soft labels at 6.5 made playing cards worse than no teacher,
-# and at 0.1 better (docs/evidence_methods.md); at 2.4 they did no harm on blood smears.
+# at 1.0 better (docs/evidence_methods.md); at 2.4 they did no harm on blood smears.
 _PULL = 5.0
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.accuracy.declaration import Arm, Data, Method, Table, Trial, declared
 from benchmarks.accuracy.experiments import GRIDS, STUDENT, TEACHER
 from benchmarks.accuracy.perform import build
+from benchmarks.accuracy.real import REAL
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.work import everything, in_order
 from benchmarks.digits.disturbances import Disturbance
@@ -139,12 +140,14 @@ def test_a_misled_teacher_saw_the_wrong_labels_that_its_student_sees():
             assert taught[name].teacher.data == taught[name].data
 
 
-def test_every_committed_result_is_declared():
-    declared_now = {
-        trial.identity for grid in GRIDS.values() for trial in everything(in_order(grid, 20))
-    }
-    found = {file.stem for file in RESULTS.glob("*/*.json")}
+@pytest.mark.parametrize("data", ["digits", *REAL])
+def test_every_committed_result_is_declared(data):
+    grids = GRIDS.values() if data == "digits" else [REAL[data]]
+    declared_now = {trial.identity for grid in grids for trial in everything(in_order(grid, 20))}
+    folder = RESULTS if data == "digits" else RESULTS / data
+    found = {file.stem for device in ("cpu", "cuda") for file in folder.glob(f"{device}/*.json")}
     assert found <= declared_now
+    assert found or data == "deeppcb"
 
 
 def test_both_grids_ask_the_same_questions():

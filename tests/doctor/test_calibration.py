@@ -180,6 +180,7 @@ def test_the_first_step_sets_the_weights_that_calibrate_would_set(kind):
     student(*scenes(seed=1))
     kd(*scenes(seed=1))
     assert {name: loss.weights for name, loss in kd.losses.items()} == set_now != own
+    assert kd.telemetry()["weight/kd_pkd"] == set_now["pkd"][""]
     student, plain = with_share(None, kind)
     student.load_state_dict(other)
     torch.manual_seed(0)
