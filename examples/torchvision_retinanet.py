@@ -52,7 +52,8 @@ def train(
             data.num_classes,
             total_steps=steps,
             refresh_every=max(1, steps // 10),  # a few times in the training: often once an epoch
-            min_side=10,  # objects are small here: the default leaves out those under 15 px
+            min_side=10,  # digits are small: the default leaves out those under 15 px,
+            finest_scale=16,  # and puts all of them on the finest level
         )
         kd = Distiller(student, teacher, loss, share=1.0)  # each term as strong as its own loss
     parameters = [*student.parameters(), *([] if kd is None else kd.parameters())]

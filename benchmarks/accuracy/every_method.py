@@ -27,6 +27,12 @@ class Compared:
     joined: Table
     shares: Mapping[str, float]
 
+    @property
+    def begun(self) -> bool:
+        """Whether a method beside the defaults was trained."""
+        trials = [arm.trial for arm in self.alone.arms if not arm.name.startswith("defaults")]
+        return any(self.store.result(trial) is not None for trial in trials[1:])
+
     def cells(self, method: str, seeds: int) -> list[str]:
         """Share, AP with its gain over none, over the defaults, and with global knowledge."""
         own = collect(self.alone, self.store, seeds)
@@ -51,7 +57,7 @@ class Compared:
 
 
 def compared() -> list[Compared]:
-    """Digit scenes and blood smears, as far as their shares were chosen."""
+    """Data on which shares were chosen, and methods trained at them."""
     found = []
     if "" in DIGITS_BEST:
         tables = {table.name: table for table in REDUCED.tables()}
@@ -63,7 +69,7 @@ def compared() -> list[Compared]:
         store = Store(RESULTS / source / "cpu", Path())
         pair = tables[f"{source}-q2-methods"], tables[f"{source}-q3-methods"]
         found.append(Compared(source, store, *pair, best))
-    return found
+    return [one for one in found if one.begun]
 
 
 def every_method(data: Sequence[Compared], seeds: int) -> Iterator[str]:

@@ -66,6 +66,7 @@ def box_problems(
     detector: Detector,
     found: list[Detections] | None,
     scale: float,
+    fits: bool,
 ) -> Iterable[str]:
     """Boxes and labels in themselves, and beside what the teacher finds."""
     if len(truth) == 0:
@@ -94,4 +95,4 @@ def box_problems(
             "image was resized"
         )
     if found is not None and len(truth) >= ENOUGH:
-        yield from doubts(truth, found, scale, (height, width))
+        yield from doubts(truth, found, scale, (height, width), fits=fits)

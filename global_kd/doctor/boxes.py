@@ -17,9 +17,17 @@ _FEW, _MOST = 0.3, 0.6  # shares of boxes found: a reading under the first is do
 
 
 def doubts(
-    truth: Targets, found: list[Detections], scale: float, size: tuple[int, int]
+    truth: Targets,
+    found: list[Detections],
+    scale: float,
+    size: tuple[int, int],
+    *,
+    fits: bool = False,
 ) -> Iterable[str]:
-    """Compare the boxes, read in the ways that people mistake, with what the teacher finds."""
+    """Compare the boxes, read in the ways that people mistake, with what the teacher finds.
+
+    Where it `fits` them by its own loss, it is no wonder that it finds few.
+    """
     height, width = size
     given = truth.boxes.float()
     whole = given.new_tensor([width, height, width, height])
@@ -45,7 +53,7 @@ def doubts(
                 f"them read as {best}: convert them to xyxy in pixels of the network input"
             )
             share, agree = other, agree_there
-        elif share < _FEW and any(len(x.boxes) for x in found):
+        elif share < _FEW and not fits and any(len(x.boxes) for x in found):
             yield (
                 f"the teacher finds {share:.0%} of the batch's boxes: check its weights and the "
                 "boxes' pixels, and plot both on an image"

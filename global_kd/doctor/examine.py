@@ -59,7 +59,8 @@ def examine(
         kept += new
     found = None if findings.bad else findings.found  # a bad one's say nothing of the boxes
     keeper = next((loss for loss in losses.values() if loss.keeps_prototypes), None)
-    problems += box_problems(truth, seen, keeper, pair.student, found, findings.scale)
+    scale, fits = findings.scale, findings.fits
+    problems += box_problems(truth, seen, keeper, pair.student, found, scale, fits)
     problems += pixel_problems(seen.look.view.images, pair.student.pixels)
     for kept, new in zip((facts, problems), _unused(pair, seen, looked), strict=True):
         kept += new

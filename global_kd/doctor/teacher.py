@@ -18,6 +18,7 @@ from .untouched import train_all_but_statistics
 
 FindObjects = Callable[[nn.Module], Sequence[Detections | Mapping[str, Tensor]]]
 _ALIKE = 0.9  # of the student's loss: a teacher's that is above this is no better
+_FAR = 0.5  # a loss below this share of the student's is that of a teacher who knows these boxes
 _FLAT = 1e-8  # variance of maps that say nothing
 
 
@@ -45,6 +46,14 @@ class Findings:
     def bad(self) -> bool:
         """Whether its loss is no better than the student's."""
         return None not in (self.own, self.theirs) and self.theirs >= _ALIKE * self.own  # type: ignore[operator]
+
+    @property
+    def fits(self) -> bool:
+        """Whether its loss on these boxes, as they are read, is far below the student's.
+
+        A teacher of low scores may find few of them all the same, as a young dense head does.
+        """
+        return None not in (self.own, self.theirs) and self.theirs < _FAR * self.own  # type: ignore[operator]
 
 
 def teacher_findings(
