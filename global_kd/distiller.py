@@ -64,7 +64,8 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: A fact that a loss needs and this pair of detectors cannot give; levels that do
-            not pair; two losses of one name.
+            not pair; two losses of one name; a share of a term that there is not, or for a student
+            whose own loss is not known.
 
     Example:
         >>> import torch

@@ -114,7 +114,7 @@ class Real:
         return dataclasses.replace(base, method=how, teacher=teacher)
 
     def longer(self, base: Trial, times: float = 1.5) -> Trial:
-        """Half as many iterations again, which are about equal time on blood smears."""
+        """So many times the iterations; 1.5 is about equal time on blood smears (`steps`)."""
         return dataclasses.replace(base, iterations=round(times * base.iterations))
 
     def method(self, **how: Any) -> Method:
