@@ -18,6 +18,7 @@ from workshop.methods import known_methods
 from workshop.small_detectors import SIZES, Size
 
 from ..digits.disturbances import Disturbance
+from .dense import Dense
 from .pretrained import Pretrained
 from .variants import OtherLoss, Sparse, Variant
 
@@ -209,7 +210,7 @@ class Trial:
     """
 
     data: Data | Pictures = Data()
-    student: Size | Pretrained = SIZES["small-student"]
+    student: Size | Pretrained | Dense = SIZES["small-student"]
     method: Method | Others | None = None
     teacher: Trial | None = None
     iterations: int = 1000

@@ -16,7 +16,7 @@ from workshop.detection_data import DetectionData, first_batches, pair_scenes, t
 from workshop.detectors import SHIPPED_TEACHER, load_weights, teacher_fingerprint
 from workshop.digit_scenes import DigitScenes, load_digit_scenes
 from workshop.distillation import Experiment
-from workshop.small_detectors import SIZES, small_faster_rcnn
+from workshop.small_detectors import SIZES, Size, small_faster_rcnn
 from workshop.training import Recipe
 
 from ..digits.disturbances import KINDS, Disturbance, disturb
@@ -24,7 +24,6 @@ from ..digits.suspicion import area_under_roc
 from ..environment import environment
 from . import pace, pictures
 from .declaration import TRAINING_SCENES_SEED, Data, Others, Pictures, Table, Trial, declared
-from .pretrained import Pretrained
 from .store import Store
 
 EVALUATIONS = 4  # points of the AP curve
@@ -205,9 +204,9 @@ def first_scenes(scenes: DigitScenes, count: int) -> DigitScenes:
 def build(trial: Trial) -> nn.Module:
     """The student of a trial with random weights, or those of ImageNet where it declares them."""
     classes, side = len(trial.class_names), trial.data.side
-    if isinstance(trial.student, Pretrained):
-        return trial.student.detector(classes, side)
-    return small_faster_rcnn(trial.student, classes, side)
+    if isinstance(trial.student, Size):
+        return small_faster_rcnn(trial.student, classes, side)
+    return trial.student.detector(classes, side)
 
 
 def trained(trial: Trial, store: Store) -> nn.Module:

@@ -8,6 +8,7 @@
 3. The same methods with global knowledge beside them.
 6. What can be left out: smaller adapters, a smaller teacher, every second step, levels.
 7. When it pays: few pictures, longer trainings, warm starts, a teacher from ImageNet weights.
+8. Whether weights by their pull serve dense heads, too.
 
 Trainings are short, since two cores are all there is: one-cycle rates over 300 iterations (playing
 cards: 600) of 8 pictures at 160 px, students from random weights where nothing else is said.
@@ -23,6 +24,7 @@ from global_kd import PAPER
 from workshop.small_detectors import SIZES, Size
 
 from .declaration import CLASSES, Arm, Method, Others, Pictures, Table, Trial
+from .dense import Dense
 from .equal_tuning import BEYOND, METHODS, EqualTuning
 from .pretrained import Pretrained
 
@@ -84,7 +86,7 @@ class Real:
         return ITERATIONS_OF.get(self.source, ITERATIONS)
 
     def teacher(
-        self, held_out: bool = False, size: Size | Pretrained | None = None, **data: Any
+        self, held_out: bool = False, size: Size | Pretrained | Dense | None = None, **data: Any
     ) -> Trial:
         """Larger than the students, and trained longer, on the pictures that they see."""
         size = size or TEACHER_OF.get(self.source, SIZES["small-teacher"])
@@ -283,9 +285,25 @@ class Real:
             tables.append(Table(f"{self.source}-q7-imagenet", title, 4, tuple(arms)))
         return tables
 
+    def question_8(self) -> list[Table]:
+        """FCOS from FCOS."""
+        small, large = Dense(SIZES["small-student"]), Dense(SIZES["small-teacher"])
+        base = dataclasses.replace(self.student(), student=small)
+        how = EqualTuning(f"{self.source}-q8", base, self.teacher(size=large), self.method())
+        others = dict.fromkeys(("frs", "crosskd", "bckd"), USUAL_SHARE)
+        tables = []
+        for key, title, rank, shares in (
+            ("dense", "FCOS: the defaults at two strengths", 3, {"defaults": BEYOND}),
+            ("dense-methods", "FCOS: methods for dense heads", 6, others),
+        ):
+            table = how.alone(title, rank, shares, seeds=3)
+            tables.append(dataclasses.replace(table, name=f"{self.source}-q8-{key}"))
+        return tables
+
     def tables(self) -> list[Table]:
         """All of them, by question."""
-        questions = self.question_1, self.question_2, self.question_6, self.question_7
+        first = self.question_1, self.question_2
+        questions = *first, self.question_6, self.question_7, self.question_8
         return [
             dataclasses.replace(table, seeds=min(table.seeds, self.seeds))
             for question in questions
