@@ -16,6 +16,7 @@ from workshop import storage
 
 from . import gradients, neighbours, pace, report
 from .declaration import CLASSES, Table, Trial
+from .dense import Dense
 from .every_method import compared, every_method
 from .experiments import GRIDS
 from .perform import perform, steps
@@ -150,11 +151,10 @@ def main(words: Sequence[str] | None = None) -> int:
         gradients.write(store)
         return 0
     if args.name == "pull":
-        arms = (arm for table in tables for arm in table.arms)
+        arms = (arm for table in matching(tables, args.only) for arm in table.arms)
         trial = next(arm.trial for arm in arms if arm.name in ("defaults", "the library's"))
-        gradients.write_pull(
-            args.data, [trial.at(seed) for seed in range(args.seeds or SEEDS)], store
-        )
+        name = f"{args.data}, FCOS" if isinstance(trial.student, Dense) else args.data
+        gradients.write_pull(name, [trial.at(seed) for seed in range(args.seeds or SEEDS)], store)
         return 0
     if args.name == "steps":
         return write_steps(matching(tables, args.only), store, args.device)

@@ -1,4 +1,4 @@
-"""One table of every method over all data on which it was tuned: gain, cost, what it needs."""
+"""One table of every method over all data on which it was trained: gain, cost, what it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .equal_tuning import METHODS
 from .experiments import BEST as DIGITS_BEST
 from .experiments import REDUCED
 from .intervals import paired
-from .real import BEST, REAL
+from .real import BEST, REAL, Real
 from .report import cell, collect, percent, steps_of
 from .store import RESULTS, Store
 
@@ -37,10 +37,7 @@ class Compared:
         """Share, AP with its gain over none, over the defaults, and with global knowledge."""
         own = collect(self.alone, self.store, seeds)
         ap = {name: percent(runs, "AP") for name, runs in own.items()}
-        name, share = method, "" if method == "none" else "own weights"
-        if method in self.shares:
-            share = f"{self.shares[method]:g}"
-            name = f"{method}, {share}"
+        share, name = self.named(method)
         if not ap[name]:
             return [share, "", "", ""]
         good = f"{mean(ap[name].values()):.1f}"
@@ -55,20 +52,54 @@ class Compared:
         first, *others = map(cell, gains)
         return [share, f"{good}, {first}", *others]
 
+    def averages(self, seeds: int) -> list[str]:
+        """The cells of the mean over `METHODS`, of the seeds that all of them have."""
+        found = {
+            arm: percent(runs, "AP")
+            for table in (self.alone, self.joined)
+            for arm, runs in collect(table, self.store, seeds).items()
+        }
+        own, both = (
+            over_all([found[f"{self.named(method)[1]}{end}"] for method in METHODS])
+            for end in ("", " + global")
+        )
+        if not own:
+            return [""] * 4
+        gains = paired(own, found["none"]), paired(own, found["defaults"]), paired(both, own)
+        first, *others = map(cell, gains)
+        return ["", f"{mean(own.values()):.1f}, {first}", *others]
+
+    def named(self, method: str) -> tuple[str, str]:
+        """The share of a method as the table has it, and its arm."""
+        if method in self.shares:
+            share = f"{self.shares[method]:g}"
+            return share, f"{method}, {share}"
+        return ("" if method == "none" else "own weights"), method
+
+
+def over_all(several: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """By seed the mean over several arms, of the seeds that all of them have."""
+    seeds = set.intersection(*(set(one) for one in several))
+    return {seed: mean(one[seed] for one in several) for seed in sorted(seeds)}
+
 
 def compared() -> list[Compared]:
-    """Data on which shares were chosen, and methods trained at them."""
+    """Data on which methods were trained: at the shares chosen there, or all at one."""
     found = []
     if "" in DIGITS_BEST:
         tables = {table.name: table for table in REDUCED.tables()}
         store = Store(RESULTS / "cpu", Path())
         pair = tables["q6-methods"], tables["q6-joined"]
         found.append(Compared("digits", store, *pair, DIGITS_BEST[""]))
-    for source, best in BEST.items():
+    for source in REAL:
         tables = {table.name: table for table in REAL[source]}
         store = Store(RESULTS / source / "cpu", Path())
-        pair = tables[f"{source}-q2-methods"], tables[f"{source}-q3-methods"]
-        found.append(Compared(source, store, *pair, best))
+        title, key, shares = source, "methods", BEST.get(source)
+        if shares is None:
+            title, key = f"{source}, not tuned", "share"
+            shares = dict.fromkeys(("defaults", *METHODS), Real(source).usual_share)
+        pair = tables[f"{source}-q2-{key}"], tables[f"{source}-q3-{key}"]
+        found.append(Compared(title, store, *pair, shares))
     return [one for one in found if one.begun]
 
 
@@ -81,13 +112,17 @@ def every_method(data: Sequence[Compared], seeds: int) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{' --- |' * len(head)}"
     needs = {"none": "", "defaults": "boxes, equal classes"} | METHODS
-    for method in ("none", "defaults", "defaults at its best share", *METHODS):
+    for method in ("none", "defaults", "defaults at a share", *METHODS):
         key = "defaults" if method.startswith("defaults") else method
         row = [method, needs[key], step_of(data, key)]
         for one in data:
             own = dataclasses.replace(one, shares={}) if method == "defaults" else one
             row += own.cells(key, seeds)
         yield f"| {' | '.join(row)} |"
+    row = [f"mean of the {len(METHODS)} methods", "", ""]
+    for one in data:
+        row += one.averages(seeds)
+    yield f"| {' | '.join(row)} |"
 
 
 def step_of(data: Sequence[Compared], method: str) -> str:

@@ -52,3 +52,11 @@ def test_how_hard_the_own_weights_pull(monkeypatch, tmp_path):
 def test_without_the_teacher_it_says_what_to_train(tmp_path):
     with pytest.raises(SystemExit, match="Train the teacher .* first"):
         main(["pull", "--quick", "--cache", str(tmp_path), "--results", str(tmp_path)])
+
+
+def test_a_table_can_be_named_and_fcos_is_told_apart(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gradients, "write_pull", lambda name, trials, store: asked.append(name))
+    words = ["pull", "--data", "bccd", "--cache", str(tmp_path), "--results", str(tmp_path)]
+    assert main(words) == main([*words, "--only", "bccd-q8-dense"]) == 0
+    assert asked == ["bccd", "bccd, FCOS"]
