@@ -1,4 +1,4 @@
-"""One table of every method over all data on which it was trained: gain, cost, what it needs."""
+"""Every method on each data set on which it was trained: gain, cost, what it needs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from .intervals import paired
 from .real import BEST, REAL, Real
 from .report import cell, collect, percent, steps_of
 from .store import RESULTS, Store
+
+TUNED = "each at its best share of three"
+NAMES = {"bccd": "Blood smears", "cards": "Playing cards", "deeppcb": "Circuit boards"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +42,17 @@ class Compared:
         ap = {name: percent(runs, "AP") for name, runs in own.items()}
         share, name = self.named(method)
         if not ap[name]:
-            return [share, "", "", ""]
+            return [share, "", "", "", ""]
         good = f"{mean(ap[name].values()):.1f}"
         if method == "none":
-            return [share, good, "", ""]
+            return [share, good, "", "", ""]
         both = collect(self.joined, self.store, seeds).get(f"{name} + global", {})
         gains = (
             paired(ap[name], ap["none"]),
             None if name == "defaults" else paired(ap[name], ap["defaults"]),
             paired(percent(both, "AP"), ap[name]),
         )
-        first, *others = map(cell, gains)
-        return [share, f"{good}, {first}", *others]
+        return [share, good, *map(cell, gains)]
 
     def averages(self, seeds: int) -> list[str]:
         """The cells of the mean over `METHODS`, of the seeds that all of them have."""
@@ -64,10 +66,9 @@ class Compared:
             for end in ("", " + global")
         )
         if not own:
-            return [""] * 4
+            return [""] * 5
         gains = paired(own, found["none"]), paired(own, found["defaults"]), paired(both, own)
-        first, *others = map(cell, gains)
-        return ["", f"{mean(own.values()):.1f}, {first}", *others]
+        return ["", f"{mean(own.values()):.1f}", *map(cell, gains)]
 
     def named(self, method: str) -> tuple[str, str]:
         """The share of a method as the table has it, and its arm."""
@@ -90,47 +91,42 @@ def compared() -> list[Compared]:
         tables = {table.name: table for table in REDUCED.tables()}
         store = Store(RESULTS / "cpu", Path())
         pair = tables["q6-methods"], tables["q6-joined"]
-        found.append(Compared("digits", store, *pair, DIGITS_BEST[""]))
+        found.append(Compared(f"Digit scenes, {TUNED}", store, *pair, DIGITS_BEST[""]))
     for source in REAL:
         tables = {table.name: table for table in REAL[source]}
         store = Store(RESULTS / source / "cpu", Path())
-        title, key, shares = source, "methods", BEST.get(source)
+        title, key, shares = TUNED, "methods", BEST.get(source)
         if shares is None:
-            title, key = f"{source}, not tuned", "share"
-            shares = dict.fromkeys(("defaults", *METHODS), Real(source).usual_share)
+            usual = Real(source).usual_share
+            title, key = f"all at a share of {usual:g}, not tuned", "share"
+            shares = dict.fromkeys(("defaults", *METHODS), usual)
         pair = tables[f"{source}-q2-{key}"], tables[f"{source}-q3-{key}"]
-        found.append(Compared(title, store, *pair, shares))
+        found.append(Compared(f"{NAMES[source]}, {title}", store, *pair, shares))
     return [one for one in found if one.begun]
 
 
 def every_method(data: Sequence[Compared], seeds: int) -> Iterator[str]:
-    """A line a method."""
-    head = ["method", "needs, beside maps", "step"]
-    for one in data:
-        kinds = "share", "AP, Δ to none", "Δ to defaults", "Δ by global knowledge"
-        head += [f"{one.title}: {kinds[0]}", *kinds[1:]]
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
+    """A table for each data set, a line a method."""
+    kinds = "AP", "Δ to none", "Δ to defaults", "Δ by global knowledge"
+    head = ["method", "needs, beside maps", "step", "share", *kinds]
     needs = {"none": "", "defaults": "boxes, equal classes"} | METHODS
-    for method in ("none", "defaults", "defaults at a share", *METHODS):
-        key = "defaults" if method.startswith("defaults") else method
-        row = [method, needs[key], step_of(data, key)]
-        for one in data:
+    for one in data:
+        yield f"{one.title}:"
+        yield ""
+        yield f"| {' | '.join(head)} |"
+        yield f"|{' --- |' * len(head)}"
+        for method in ("none", "defaults", "defaults at a share", *METHODS):
+            key = "defaults" if method.startswith("defaults") else method
             own = dataclasses.replace(one, shares={}) if method == "defaults" else one
-            row += own.cells(key, seeds)
+            row = [method, needs[key], step_of(own, key), *own.cells(key, seeds)]
+            yield f"| {' | '.join(row)} |"
+        row = [f"mean of the {len(METHODS)} methods", "", "", *one.averages(seeds)]
         yield f"| {' | '.join(row)} |"
-    row = [f"mean of the {len(METHODS)} methods", "", ""]
-    for one in data:
-        row += one.averages(seeds)
-    yield f"| {' | '.join(row)} |"
+        yield ""
 
 
-def step_of(data: Sequence[Compared], method: str) -> str:
+def step_of(one: Compared, method: str) -> str:
     """Time of a step as a multiple of one without distillation, where it was measured."""
-    for one in data:
-        known = steps_of(one.alone, one.store)
-        names = (method, f"{method}, {one.shares.get(method, 0):g}")
-        for name in names:
-            if name in known:
-                return f"{known[name]:.2f}"
-    return ""
+    known = steps_of(one.alone, one.store)
+    name = one.named(method)[1]
+    return f"{known[name]:.2f}" if name in known else ""

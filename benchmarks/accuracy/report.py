@@ -494,7 +494,7 @@ def main(
         mine = [x for x in tables if x.name.removeprefix("full-").startswith(begin[1])]
         if begin[1] in others:
             written = "\n".join(others[begin[1]]).rstrip("\n")
-        elif mine or len(begins) == 1:
+        elif mine or not begin[1]:
             written = body(sources, mine, page.parent / "images")
         else:
             continue

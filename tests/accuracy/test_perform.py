@@ -151,6 +151,14 @@ def test_a_page_shows_the_tables_of_its_question(store, tmp_path, monkeypatch):
     assert "\nq2-alone\nfull-q2-alone\n" in text and "q1" not in text
 
 
+def test_a_page_of_another_question_stays_as_it_is(store, tmp_path):
+    page = tmp_path / "page.md"
+    written = PAGE.replace("results:", "results q3:")
+    page.write_text(written)
+    assert report.main({"cpu": (store, 1)}, [TABLE], page) == 0
+    assert page.read_text() == written
+
+
 def test_every_table_has_one_page():
     shown = [x[1] for page in report.PAGES for x in report._BEGIN.finditer(page.read_text())]
     for table in (table for tables in GRIDS.values() for table in tables):
