@@ -217,7 +217,8 @@ class Real:
         """
         usual, names = self.usual_share, ("defaults", *METHODS)
         shares = dict.fromkeys(names, usual)
-        tables = self._methods("share", f"at a share of {usual:g}", 3, shares, seeds=3)
+        alone, joined = self._methods("share", f"at a share of {usual:g}", 3, shares, seeds=3)
+        tables = [alone] if self.source in BEST else [alone, joined]  # tuned ones are joined below
         title = "Every method at three shares of the detection gradient (tuning split)"
         tables.append(self.equal_tuning("q2-tuning", held_out=True).tuning(title, 5))
         if best := BEST.get(self.source):
