@@ -1,10 +1,11 @@
 """Distil an FCOS or RetinaNet of torchvision: python examples/torchvision_retinanet.py
 
 A large detector learns to find handwritten digits, then a small one twice, from the same start:
-alone and with the large one as its teacher. About ten minutes on two cores, no download. FCOS
-learns these digits in a few hundred steps; `--arch retinanet` takes far more (`--steps`). For
-pictures of your own replace `data`, and `detector` by torchvision's `fcos_resnet50_fpn`,
-`retinanet_resnet50_fpn` or any other; docs/torchvision.md goes through that.
+alone and with the large one as its teacher. About ten minutes on two cores, no download; where
+other work runs beside it, set OMP_NUM_THREADS=1. FCOS learns these digits in a few hundred steps;
+`--arch retinanet` takes far more (`--steps`). For pictures of your own replace `data`, and
+`detector` by torchvision's `fcos_resnet50_fpn`, `retinanet_resnet50_fpn` or any other;
+docs/torchvision.md goes through that.
 """
 
 from __future__ import annotations
