@@ -199,7 +199,10 @@ def write_steps(tables: Sequence[Table], store: Store, device: str) -> int:
 
 def matching(tables: Sequence[Table], only: str | None) -> list[Table]:
     """The tables whose name begins with a pattern."""
-    return [t for t in tables if only is None or fnmatch(t.name, only + "*")]
+    found = [t for t in tables if only is None or fnmatch(t.name, only + "*")]
+    if not found:
+        raise SystemExit(f"--only: no table's name begins with {only!r}; try `list`")
+    return found
 
 
 if __name__ == "__main__":

@@ -60,3 +60,5 @@ def test_a_table_can_be_named_and_fcos_is_told_apart(monkeypatch, tmp_path):
     words = ["pull", "--data", "bccd", "--cache", str(tmp_path), "--results", str(tmp_path)]
     assert main(words) == main([*words, "--only", "bccd-q8-dense"]) == 0
     assert asked == ["bccd", "bccd, FCOS"]
+    with pytest.raises(SystemExit, match="--only: no table's name begins with 'bccd-q8-dense/'"):
+        main([*words, "--only", "bccd-q8-dense/"])
