@@ -50,7 +50,18 @@ LIBRARY: dict[str, Any] = {"levels": "assigned", "relation": 0.0}  # instead of 
 FEW = ("imitation", "soft labels", "relation", "imitation + soft labels", "all")
 
 # The share that did best in `q6-tuning`, by the prefix of a scale.
-BEST: Mapping[str, Mapping[str, float]] = {}
+BEST: Mapping[str, Mapping[str, float]] = {
+    "": {
+        "defaults": 1.0,
+        "pkd": 0.1,
+        "fgd": 1.0,
+        "frs": 1.0,
+        "cwd": 0.3,
+        "mgd": 1.0,
+        "crosskd": 1.0,
+        "bckd": 0.1,
+    }
+}
 
 
 @dataclasses.dataclass(frozen=True)

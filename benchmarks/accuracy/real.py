@@ -298,7 +298,12 @@ class Real:
             ("dense-methods", "FCOS: methods for dense heads", 6, others),
         ):
             table = how.alone(title, rank, shares, seeds=3)
-            tables.append(dataclasses.replace(table, name=f"{self.source}-q8-{key}"))
+            arms = table.arms
+            if key == "dense":
+                against = ("none", "defaults", "defaults, 3")
+                arms += (Arm("none, 1.5 times as long", self.longer(base), against),)
+            name = f"{self.source}-q8-{key}"
+            tables.append(dataclasses.replace(table, name=name, arms=arms))
         return tables
 
     def tables(self) -> list[Table]:
