@@ -16,7 +16,6 @@ from workshop import storage
 
 from . import gradients, neighbours, pace, report
 from .declaration import CLASSES, Table, Trial
-from .dense import Dense
 from .every_method import compared, every_method
 from .experiments import GRIDS
 from .perform import perform, steps
@@ -153,8 +152,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.name == "pull":
         arms = (arm for table in matching(tables, args.only) for arm in table.arms)
         trial = next(arm.trial for arm in arms if arm.name in ("defaults", "the library's"))
-        name = f"{args.data}, FCOS" if isinstance(trial.student, Dense) else args.data
-        gradients.write_pull(name, [trial.at(seed) for seed in range(args.seeds or SEEDS)], store)
+        trials = [trial.at(seed) for seed in range(args.seeds or SEEDS)]
+        gradients.write_pull(args.only or args.data, trials, store)
         return 0
     if args.name == "steps":
         return write_steps(matching(tables, args.only), store, args.device)

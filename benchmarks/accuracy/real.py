@@ -290,26 +290,31 @@ class Real:
         """FCOS from FCOS."""
         small, large = Dense(SIZES["small-student"]), Dense(SIZES["small-teacher"])
         base = dataclasses.replace(self.student(), student=small)
-        how = EqualTuning(f"{self.source}-q8", base, self.teacher(size=large), self.method())
+
+        def table(key: str, title: str, rank: int, shares: Mapping[str, float]) -> Table:
+            name = f"{self.source}-{key}"
+            how = EqualTuning(name, base, self.teacher(size=large), self.method())
+            return how.alone(title, rank, shares, seeds=3)
+
+        against = ("none", "defaults", "defaults, 3")
+        longer = Arm("none, 1.5 times as long", self.longer(base), against)
+        title = "FCOS: the defaults at two strengths"
+        strengths = table("q8-dense", title, 3, {"defaults": BEYOND})
         others = dict.fromkeys(("frs", "crosskd", "bckd"), USUAL_SHARE)
-        tables = []
-        for key, title, rank, shares in (
-            ("dense", "FCOS: the defaults at two strengths", 3, {"defaults": BEYOND}),
-            ("dense-methods", "FCOS: methods for dense heads", 6, others),
-        ):
-            table = how.alone(title, rank, shares, seeds=3)
-            arms = table.arms
-            if key == "dense":
-                against = ("none", "defaults", "defaults, 3")
-                arms += (Arm("none, 1.5 times as long", self.longer(base), against),)
-            name = f"{self.source}-q8-{key}"
-            tables.append(dataclasses.replace(table, name=name, arms=arms))
-        return tables
+        return [
+            dataclasses.replace(strengths, arms=(*strengths.arms, longer)),
+            table("q8-dense-methods", "FCOS: methods for dense heads", 6, others),
+        ]
 
     def tables(self) -> list[Table]:
         """All of them, by question."""
-        first = self.question_1, self.question_2
-        questions = *first, self.question_6, self.question_7, self.question_8
+        questions = (
+            self.question_1,
+            self.question_2,
+            self.question_6,
+            self.question_7,
+            self.question_8,
+        )
         return [
             dataclasses.replace(table, seeds=min(table.seeds, self.seeds))
             for question in questions
