@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import pytest
 import torch
 
-from benchmarks.accuracy.declaration import Trial, declared
+from benchmarks.accuracy.declaration import Data, Pictures, Trial, declared
 from benchmarks.accuracy.dense import Dense
 from benchmarks.accuracy.perform import build
 from benchmarks.accuracy.real import Real
@@ -17,6 +18,28 @@ def test_an_fcos_on_the_pyramid_of_a_size():
     assert [tuple(x.shape[1:]) for x in maps.values()] == [(64, 24, 16), (64, 12, 8), (64, 6, 4)]
     scores = model.head(list(maps.values()))["cls_logits"]
     assert scores.shape == (1, 24 * 16 + 12 * 8 + 6 * 4, 11)  # ten digits and the background
+
+
+@pytest.mark.parametrize("source", (Data(), Pictures("bccd")))
+def test_pictures_are_seen_in_their_size(source):
+    for student in (Dense(SIZES["small-student"]), SIZES["small-student"]):
+        transform = build(Trial(source, student)).transform
+        assert (*transform.min_size, transform.max_size) == (source.side, source.side)
+
+
+def test_larger_boxes_are_learned_on_coarser_levels(monkeypatch):
+    model = Dense(SIZES["small-student"]).detector(3, 160)
+    seen = []
+
+    def matched(targets, head_outputs, anchors, matched_idxs):
+        seen.append([bool((x >= 0).any()) for x in matched_idxs[0].split([1600, 400, 100])])
+        return {}
+
+    monkeypatch.setattr(model.head, "compute_loss", matched)
+    for side in (20.0, 80.0, 140.0):  # the farthest side is 4 to 8 times a stride away
+        box = torch.tensor([[10.0, 10.0, 10 + side, 10 + side]])
+        model([torch.rand(3, 160, 160)], [{"boxes": box, "labels": torch.tensor([1])}])
+    assert seen == [[True, False, False], [False, True, False], [False, False, True]]
 
 
 def test_towers_have_the_convolutions_that_are_declared():
