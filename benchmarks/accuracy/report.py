@@ -356,7 +356,7 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     """Mean AP of each arm over the training, over the seeds that all arms with curves have.
 
     Arms without omega are left out. Two points make no curve: where a run has no more, nothing is
-    drawn.
+    drawn, nor where there are more arms than colours and styles tell apart.
     """
     curves = {
         arm.name: {seed: run["curve"] for seed, run in found[arm.name].items() if run.get("curve")}
@@ -366,7 +366,7 @@ def draw_curves(table: Table, found: Mapping[str, Runs], file: Path) -> bool:
     curves = {name: runs for name, runs in curves.items() if runs}
     seeds = sorted(set.intersection(*map(set, curves.values()))) if curves else []
     shortest = min((len(x) for runs in curves.values() for x in runs.values()), default=0)
-    if not seeds or shortest < 3:
+    if not seeds or shortest < 3 or len(curves) > 20:
         return False
     figure, plot = _figure(7, 4.2)
     for n, (name, runs) in enumerate(curves.items()):

@@ -135,3 +135,12 @@ def test_two_points_make_no_curve(tmp_path):
         file = tmp_path / f"{count}.png"
         assert report.draw_curves(Table("t", "A table", 1, arms), found, file) is drawn
         assert file.exists() is drawn
+
+
+def test_more_curves_than_can_be_told_apart_are_not_drawn(tmp_path):
+    points = [{"iteration": 100 * n, "AP": 0.1 * n} for n in (1, 2, 3)]
+    for count, drawn in ((20, True), (21, False)):
+        arms = tuple(Arm(f"{n}", Real("bccd").student(), ()) for n in range(count))
+        found = {arm.name: {0: {"curve": points}} for arm in arms}
+        table = Table("t", "A table", 1, arms)
+        assert report.draw_curves(table, found, tmp_path / f"{count}.png") is drawn
