@@ -288,22 +288,31 @@ class Real:
 
     def question_8(self) -> list[Table]:
         """FCOS from FCOS."""
-        small, large = Dense(SIZES["small-student"]), Dense(SIZES["small-teacher"])
-        base = dataclasses.replace(self.student(), student=small)
+        base = dataclasses.replace(self.student(), student=Dense(SIZES["small-student"]))
+        teacher = self.teacher(size=Dense(SIZES["small-teacher"]))
 
         def table(key: str, title: str, rank: int, shares: Mapping[str, float]) -> Table:
             name = f"{self.source}-{key}"
-            how = EqualTuning(name, base, self.teacher(size=large), self.method())
+            how = EqualTuning(name, base, teacher, self.method())
             return how.alone(title, rank, shares, seeds=3)
 
         against = ("none", "defaults", "defaults, 3")
         longer = Arm("none, 1.5 times as long", self.longer(base), against)
         title = "FCOS: the defaults at two strengths"
         strengths = table("q8-dense", title, 3, {"defaults": BEYOND})
-        others = dict.fromkeys(("frs", "crosskd", "bckd"), USUAL_SHARE)
+        shares = dict.fromkeys(("frs", "crosskd", "bckd"), USUAL_SHARE)
+        others = table("q8-dense-methods", "FCOS: methods for dense heads", 6, shares)
+        published = [
+            Arm(
+                f"{name}, published weights",
+                dataclasses.replace(base, method=Others(name), teacher=teacher),
+                ("none", "defaults", f"{name}, {share:g}"),
+            )
+            for name, share in shares.items()
+        ]
         return [
             dataclasses.replace(strengths, arms=(*strengths.arms, longer)),
-            table("q8-dense-methods", "FCOS: methods for dense heads", 6, others),
+            dataclasses.replace(others, arms=(*others.arms, *published)),
         ]
 
     def tables(self) -> list[Table]:
