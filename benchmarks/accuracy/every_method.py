@@ -54,8 +54,8 @@ class Compared:
         )
         return [share, good, *map(cell, gains)]
 
-    def averages(self, seeds: int) -> list[str]:
-        """The cells of the mean over `METHODS`, of the seeds that all of them have."""
+    def averages(self, seeds: int) -> list[list[str]]:
+        """The cells of the means over `METHODS`, alone and joined, of seeds that all have."""
         found = {
             arm: percent(runs, "AP")
             for table in (self.alone, self.joined)
@@ -65,10 +65,12 @@ class Compared:
             over_all([found[f"{self.named(method)[1]}{end}"] for method in METHODS])
             for end in ("", " + global")
         )
-        if not own:
-            return [""] * 5
-        gains = paired(own, found["none"]), paired(own, found["defaults"]), paired(both, own)
-        return ["", f"{mean(own.values()):.1f}", *map(cell, gains)]
+        rows = []
+        for means, last in (own, cell(paired(both, own))), (both, ""):
+            gains = [cell(paired(means, found[other])) for other in ("none", "defaults")]
+            good = f"{mean(means.values()):.1f}" if means else ""
+            rows.append(["", good, *gains, last])
+        return rows
 
     def named(self, method: str) -> tuple[str, str]:
         """The share of a method as the table has it, and its arm."""
@@ -120,8 +122,9 @@ def every_method(data: Sequence[Compared], seeds: int) -> Iterator[str]:
             own = dataclasses.replace(one, shares={}) if method == "defaults" else one
             row = [method, needs[key], step_of(own, key), *own.cells(key, seeds)]
             yield f"| {' | '.join(row)} |"
-        row = [f"mean of the {len(METHODS)} methods", "", "", *one.averages(seeds)]
-        yield f"| {' | '.join(row)} |"
+        titles = f"mean of the {len(METHODS)} methods", "the same with global knowledge"
+        for title, cells in zip(titles, one.averages(seeds), strict=True):
+            yield f"| {' | '.join([title, '', '', *cells])} |"
         yield ""
 
 
