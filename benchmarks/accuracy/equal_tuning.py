@@ -86,6 +86,10 @@ class EqualTuning:
             arms.append(Arm(f"{label} + global", self._taught(both), (label, "defaults")))
         return Table(self.name, title, rank, tuple(arms), seeds=seeds)
 
+    def control(self) -> Arm:
+        """A method that pulls with next to nothing: what it brings is the noise of a training."""
+        return Arm("pkd, a millionth", self._taught(self.at_share("pkd", 1e-6)), ("none",))
+
     def _first(self) -> list[Arm]:
         return [Arm("none", self.base, ()), Arm("defaults", self._taught(self.global_knowledge))]
 

@@ -467,7 +467,8 @@ class Scale:
             title = "Every method at its best share"
             alone = self.equal_tuning("q6-methods", self.student())
             joined = self.equal_tuning("q6-joined", self.student())
-            tables.append(alone.alone(title, 4, best, self.seeds))
+            table = alone.alone(title, 4, best, self.seeds)
+            tables.append(dataclasses.replace(table, arms=(*table.arms, alone.control())))
             title += ", with and without global knowledge"
             tables.append(joined.joined(title, 5, best, self.seeds))
         return tables

@@ -174,3 +174,12 @@ def test_the_defaults_are_those_that_were_trained():
         assert {key: options[key] for key in PAPER} == {key: settings[key] for key in PAPER}
     switches = [key for key in defaults if key.startswith("robust_")]
     assert all(defaults[key] == arms["the library's"].options()[key] for key in switches)
+
+
+def test_the_control_pulls_with_next_to_nothing():
+    table = next(t for t in GRIDS["reduced"] if t.name == "q6-methods")
+    control, like = (
+        next(a for a in table.arms if a.name == f"pkd, {x}") for x in ("a millionth", "0.1")
+    )
+    assert control.trial.method.share == 1e-6
+    assert dataclasses.replace(control.trial, method=like.trial.method) == like.trial
